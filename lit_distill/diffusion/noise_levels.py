@@ -1,0 +1,202 @@
+"""Noise levels: grids to sample on, DDPM tables both ways, and distributions to train on.
+
+Everything is expressed in the variance-exploding coordinate ``x_sigma = x0 + sigma * noise``.
+Times and levels are computed in float64, where precision costs nothing.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def seeded_noise(shape: tuple[int, ...], seeds: Iterable[int]) -> Tensor:
+    """Draw one unit-noise tensor for each seed.
+
+    Row ``i`` depends on ``seeds[i]`` alone, so that an image is the same however a run is batched
+    or spread over processes. It is what stock diffusers pipelines draw when they are given
+    ``generator=[torch.Generator().manual_seed(s) for s in seeds]``.
+
+    Args:
+        shape: Shape of one sample, for example ``(C, H, W)``.
+        seeds: One seed for each sample.
+
+    Returns:
+        ``(len(seeds), *shape)``, float32, on the CPU.
+    """
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+    return torch.stack(rows) if rows else torch.empty((0, *shape))
+
+
+def rho_levels(u: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Map ``u`` in [0, 1] to a noise level, uniformly in ``sigma ** (1 / rho)``.
+
+    Args:
+        u: Any shape; 0 gives ``sigma_min``, 1 gives ``sigma_max``.
+        sigma_min: Smallest level, > 0.
+        sigma_max: Largest level.
+        rho: Curvature; 7 in EDM (Karras et al. 2022, Eq. 5), 1 is linear.
+
+    Returns:
+        Levels of the shape of ``u``, float64.
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (low + u.double() * (high - low)) ** rho
+
+
+def karras_sigmas(
+    num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0
+) -> Tensor:
+    """Grid of Karras et al. 2022 (EDM), Eq. 5: ``num_steps`` jumps that end at 0.
+
+    Args:
+        num_steps: Number of jumps, at least 1.
+        sigma_min: The last level before 0, > 0. A grid of one jump goes straight from
+            ``sigma_max`` to 0.
+        sigma_max: The first level.
+        rho: Curvature of the grid.
+
+    Returns:
+        ``(num_steps + 1,)`` descending levels, float64; the last is 0.
+
+    Raises:
+        ValueError: If the count or the range is impossible.
+    """
+    check_steps(num_steps)
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(
+            f"sigma_min={sigma_min} and sigma_max={sigma_max} are no range of noise levels: "
+            "0 < sigma_min < sigma_max is needed."
+        )
+    u = torch.linspace(1, 0, num_steps, dtype=torch.float64)
+    return torch.cat([rho_levels(u, sigma_min, sigma_max, rho), u.new_zeros(1)])
+
+
+def check_steps(num_steps: int) -> None:
+    """Raise a ``ValueError`` unless ``num_steps`` is at least 1."""
+    if num_steps < 1:
+        raise ValueError(f"steps={num_steps}: sampling needs at least one step.")
+
+
+# --- DDPM tables -------------------------------------------------------------------------------
+
+
+def linear_betas(num_timesteps: int = 1000, start: float = 1e-4, end: float = 2e-2) -> Tensor:
+    """The linear variance schedule of DDPM (Ho et al. 2020), ``(num_timesteps,)`` in float64."""
+    return torch.linspace(start, end, num_timesteps, dtype=torch.float64)
+
+
+def sigmas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
+    """``sigma_t = sqrt((1 - abar_t) / abar_t)`` for a table of cumulative alphas.
+
+    Args:
+        alphas_cumprod: ``(T,)`` descending in [0, 1]. Values below 1e-9 (zero terminal SNR) are
+            clamped there, since no finite sigma stands for pure noise.
+
+    Returns:
+        ``(T,)`` ascending levels, float64.
+    """
+    abar = alphas_cumprod.double().clamp_min(1e-9)
+    return ((1 - abar) / abar).sqrt()
+
+
+def sigma_to_timestep(sigma: Tensor, table: Tensor) -> Tensor:
+    """Time of a noise level in a DDPM table, interpolated linearly in ``ln sigma``.
+
+    Args:
+        sigma: Levels of any shape; those outside the table get its first or last time.
+        table: ``(T,)`` ascending levels, see :func:`sigmas_from_alphas_cumprod`.
+
+    Returns:
+        Times in [0, T - 1], float64, of the shape of ``sigma``. A level of the table gives its
+        index exactly.
+    """
+    logs = table.log()
+    target = sigma.double().clamp(float(table[0]), float(table[-1])).log()
+    high = torch.searchsorted(logs, target).clamp(1, len(table) - 1)
+    low = high - 1
+    time = low + (target - logs[low]) / (logs[high] - logs[low])
+    nearest = time.round()
+    # A float32 level of the table must ask the network for its own integer time.
+    return torch.where((time - nearest).abs() < 1e-3, nearest, time)
+
+
+def timestep_to_sigma(timestep: Tensor, table: Tensor) -> Tensor:
+    """Inverse of :func:`sigma_to_timestep`: the level at a time in [0, T - 1], float64."""
+    time = timestep.double().clamp(0, len(table) - 1)
+    low = time.floor().long().clamp_max(len(table) - 2)
+    logs = table.log()
+    return torch.lerp(logs[low], logs[low + 1], time - low).exp()
+
+
+def trailing_timesteps(num_steps: int, num_timesteps: int) -> Tensor:
+    """Integer times of ``timestep_spacing="trailing"`` (Lin et al. 2023): always start at T - 1.
+
+    Args:
+        num_steps: Number of jumps, at most ``num_timesteps``.
+        num_timesteps: Length ``T`` of the table.
+
+    Returns:
+        ``(num_steps,)`` descending times, int64.
+
+    Raises:
+        ValueError: If there are more steps than times, or fewer than one.
+    """
+    check_steps(num_steps)
+    if num_steps > num_timesteps:
+        raise ValueError(
+            f"steps={num_steps} is more than the {num_timesteps} times of the teacher's table."
+        )
+    times = torch.arange(num_steps, 0, -1, dtype=torch.float64) * (num_timesteps / num_steps)
+    return times.round().long() - 1
+
+
+# --- Distributions of training noise levels ----------------------------------------------------
+
+
+class SigmaDistribution(Protocol):
+    """Draws training noise levels: ``distribution(u) -> sigma`` for ``u`` uniform in (0, 1)."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Map uniform numbers to levels of the same shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogNormalSigma:
+    """``ln sigma ~ N(mean, std^2)``: EDM's training distribution (Karras et al. 2022, Table 1)."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Map uniform numbers to levels by the inverse distribution function."""
+        normal = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
+        return (self.mean + self.std * normal).exp()
+
+
+@dataclass(frozen=True)
+class LogUniformSigma:
+    """``ln sigma`` uniform between two levels."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Map uniform numbers to levels."""
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** u.double()
+
+
+@dataclass(frozen=True)
+class RhoUniformSigma:
+    """Uniform in ``sigma ** (1 / rho)``: the density of a Karras grid's nodes."""
+
+    sigma_min: float
+    sigma_max: float
+    rho: float = 7.0
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Map uniform numbers to levels."""
+        return rho_levels(u, self.sigma_min, self.sigma_max, self.rho)

@@ -1,0 +1,260 @@
+"""Solvers of the probability-flow ODE ``dx/dsigma = (x - D(x, sigma)) / sigma``.
+
+Each solver is a function of a denoiser, a state and a grid, and reads like its paper's
+algorithm. Grids are ``(S,)``, or ``(S, B)`` where every sample has its own. NFE is what the
+denoiser was in fact asked: see :class:`EvaluationCounter`.
+"""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lit_distill.diffusion.denoisers import Condition, Denoiser, like
+from lit_distill.diffusion.noise_levels import check_steps
+
+Callback = Callable[[int, Tensor, Tensor], None]
+"""Called after each jump with its number, the state before it and the denoiser's estimate there."""
+
+
+class Solver(Protocol):
+    """Signature of all solvers; ``sigmas`` is ``(S, B)``."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        sigmas: Tensor,
+        condition: Condition,
+        callback: Callback | None,
+    ) -> Tensor:
+        """Carry ``x`` from ``sigmas[0]`` to ``sigmas[-1]``."""
+        ...
+
+
+def jump(x: Tensor, x0: Tensor, sigma: Tensor, to_sigma: Tensor) -> Tensor:
+    """One Euler (= DDIM) step of any length: ``x0 + (to_sigma / sigma) (x - x0)``.
+
+    Args:
+        x: ``(B, *shape)``, the state at ``sigma``.
+        x0: ``(B, *shape)``, its denoising.
+        sigma: ``(B,)`` level of ``x``, > 0.
+        to_sigma: ``(B,)`` level to go to; 0 gives ``x0`` itself.
+
+    Returns:
+        ``(B, *shape)``, the state at ``to_sigma``.
+    """
+    return x0 + like(to_sigma / sigma, x) * (x - x0)
+
+
+def euler(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    condition: Condition = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Euler's method, which is DDIM (Song et al. 2021), of order 1."""
+    for i, (sigma, to_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        x0 = denoiser(x, sigma, condition)
+        if callback is not None:
+            callback(i, x, x0)
+        x = jump(x, x0, sigma, to_sigma)
+    return x
+
+
+def heun(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    condition: Condition = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Heun's method (Karras et al. 2022, Algorithm 1) of order 2; a step to 0 is Euler's."""
+    for i, (sigma, to_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        x0 = denoiser(x, sigma, condition)
+        if callback is not None:
+            callback(i, x, x0)
+        ahead = jump(x, x0, sigma, to_sigma)
+        ends = to_sigma == 0
+        # Looked at on the last step only: on a GPU the look waits for all work before it.
+        if i < len(sigmas) - 2 or not bool(ends.all()):
+            level = torch.where(ends, sigma, to_sigma)  # any level that is not 0 will do
+            slope = (x - x0) / like(sigma, x)
+            slope_ahead = (ahead - denoiser(ahead, level, condition)) / like(level, x)
+            corrected = x + like(to_sigma - sigma, x) * (slope + slope_ahead) / 2
+            ahead = torch.where(like(ends, x).bool(), ahead, corrected)
+        x = ahead
+    return x
+
+
+def dpmpp_2m(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    condition: Condition = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2) of order 2, one evaluation a step.
+
+    The data prediction is extrapolated to the middle of the step in ``lambda = -ln(sigma)``. A
+    step to 0 falls back to order 1, since its length in lambda is infinite.
+    """
+    previous: Tensor | None = None
+    last_length = torch.zeros_like(sigmas[0])
+    for i, (sigma, to_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        x0 = denoiser(x, sigma, condition)
+        if callback is not None:
+            callback(i, x, x0)
+        length = (sigma / to_sigma).log()
+        estimate = x0
+        if previous is not None:
+            ratio = torch.where(to_sigma > 0, length / (2 * last_length), 0.0)
+            estimate = x0 + like(ratio, x) * (x0 - previous)
+        x = jump(x, estimate, sigma, to_sigma)
+        previous, last_length = x0, length
+    return x
+
+
+SOLVERS: dict[str, Solver] = {"euler": euler, "ddim": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+"""Solvers by name. All of them are deterministic."""
+
+
+def solve(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    solver: str = "heun",
+    condition: Condition = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Carry a state along the probability-flow ODE over a grid of noise levels.
+
+    Args:
+        denoiser: The model.
+        x: ``(B, *shape)``, the state at ``sigmas[0]``.
+        sigmas: ``(S,)``, or ``(S, B)`` with a grid for each sample: descending levels.
+        solver: A name in :data:`SOLVERS`.
+        condition: Passed to the denoiser.
+        callback: Called after each evaluation that starts a jump.
+
+    Returns:
+        ``(B, *shape)``, the state at ``sigmas[-1]``.
+
+    Raises:
+        ValueError: If the solver is unknown or the grid is not one.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}.")
+    if sigmas.ndim == 1:
+        sigmas = sigmas[:, None]
+    if sigmas.ndim != 2 or len(sigmas) < 2 or sigmas.shape[1] not in (1, len(x)):
+        raise ValueError(
+            f"sigmas of shape {tuple(sigmas.shape)} is no grid for a batch of {len(x)}: "
+            "(S,) or (S, B) with S >= 2 is needed."
+        )
+    grid = sigmas.to(x.device).expand(-1, len(x))
+    return SOLVERS[solver](denoiser, x, grid, condition, callback)
+
+
+def sample(
+    denoiser: Denoiser,
+    noise: Tensor,
+    *,
+    steps: int,
+    solver: str = "heun",
+    condition: Condition = None,
+) -> Tensor:
+    """Generate from unit noise on the denoiser's own grid.
+
+    Args:
+        denoiser: The model.
+        noise: ``(B, *shape)``, unit noise, see :func:`seeded_noise`.
+        steps: Number of jumps.
+        solver: A name in :data:`SOLVERS`.
+        condition: Passed to the denoiser.
+
+    Returns:
+        ``(B, *shape)``, samples in the data's range.
+    """
+    x, sigmas = denoiser.start(noise), denoiser.sigmas(steps)
+    return solve(denoiser, x, sigmas, solver=solver, condition=condition)
+
+
+def consistency_sampling(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    condition: Condition = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Stochastic multistep sampling of consistency models (Song et al. 2023, Algorithm 1).
+
+    Jump to the data, add noise of the next level, jump again.
+
+    Args:
+        denoiser: A consistency model.
+        x: ``(B, *shape)``, the state at ``sigmas[0]``.
+        sigmas: ``(S,)`` descending levels at which the model is asked; a final 0 is ignored.
+        condition: Passed to the denoiser.
+        generator: Source of the added noise.
+
+    Returns:
+        ``(B, *shape)``, samples in the data's range.
+    """
+    levels = sigmas[sigmas > 0]
+    check_steps(len(levels))
+    for i, level in enumerate(levels):
+        if i > 0:
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            spread = (level**2 - denoiser.sigma_min**2).clamp_min(0).sqrt()
+            x = x + float(spread) * noise
+        x = denoiser(x, level.to(x.device).expand(len(x)), condition)
+    return x
+
+
+class EvaluationCounter:
+    """Counts how often the networks inside a denoiser are evaluated, by watching them.
+
+    Example:
+        >>> with EvaluationCounter(teacher) as counter:
+        ...     sample(teacher, noise, steps=18)
+        >>> counter.calls
+        35
+
+    Attributes:
+        calls: Network evaluations: the NFE of one sampling run.
+        samples: Evaluations times batch rows.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.calls = 0
+        self.samples = 0
+        inner = [m for m in denoiser.modules() if isinstance(m, Denoiser)]
+        self._leaves = [
+            m
+            for m in inner
+            if not any(isinstance(c, Denoiser) for c in list(m.modules())[1:])
+        ]
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "EvaluationCounter":
+        self._handles = [leaf.register_forward_hook(self._count) for leaf in self._leaves]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _count(self, module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.calls += 1
+        self.samples += len(output)
