@@ -1,0 +1,186 @@
+"""Distances between images: ``distance(x, target) -> (B,)``, averaged over all but the batch."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Distance(nn.Module):
+    """A distance between two batches of images ``(B, C, H, W)`` in [-1, 1].
+
+    It is computed from features of both, so that those of a fixed target can be kept.
+    """
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What is compared: for plain distances the images themselves."""
+        return [images]
+
+    def compare(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """Distance ``(B,)`` between two sets of features, each ``(B, ...)``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        """Distance ``(B,)`` of ``x`` to a fixed ``target``; no gradient reaches the target."""
+        with torch.no_grad():
+            targets = self.features(target)
+        return self.compare(self.features(x), targets)
+
+
+class L2(Distance):
+    """Mean squared error."""
+
+    def compare(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """Mean of ``(x - y)^2``."""
+        return (features[0] - targets[0]).flatten(1).square().mean(1)
+
+
+class L1(Distance):
+    """Mean absolute error."""
+
+    def compare(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """Mean of ``|x - y|``."""
+        return (features[0] - targets[0]).flatten(1).abs().mean(1)
+
+
+class PseudoHuber(Distance):
+    """``sqrt(|x - y|^2 + c^2) - c`` of the whole image (Song & Dhariwal 2024, Eq. 7).
+
+    Args:
+        c: Where the square ends and the norm begins; by default ``0.00054 sqrt(D)`` for ``D``
+            numbers an image, as in that paper.
+    """
+
+    def __init__(self, c: float | None = None) -> None:
+        super().__init__()
+        self.c = c
+
+    def compare(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """Pseudo-Huber distance, divided by nothing: it grows with the image."""
+        difference = (features[0] - targets[0]).flatten(1)
+        c = 0.00054 * difference.shape[1] ** 0.5 if self.c is None else self.c
+        # |d|^2 / (sqrt(|d|^2 + c^2) + c): the same number without the cancellation near 0
+        square = difference.square().sum(1)
+        return square / ((square + c**2).sqrt() + c)
+
+
+class LPIPS(Distance):
+    """Learned perceptual distance (Zhang et al. 2018), through the ``lpips`` package.
+
+    Args:
+        net: Backbone: ``vgg``, ``alex`` or ``squeeze``.
+        resize: Side length that images are resized to before (224 in the DMD and consistency
+            papers; smaller is faster); None keeps theirs, which must be at least 32 pixels.
+        weights: Local file of the backbone's torchvision ``state_dict``; None lets torchvision
+            download it.
+
+    Raises:
+        ValueError: If the backbone is unknown.
+        FileNotFoundError: If the weights are not there and cannot be downloaded.
+    """
+
+    _FILES = {
+        "vgg": "vgg16-397923af.pth",
+        "alex": "alexnet-owt-7be5be79.pth",
+        "squeeze": "squeezenet1_1-b8a52dc0.pth",
+    }
+
+    def __init__(
+        self, net: str = "vgg", resize: int | None = 224, weights: str | Path | None = None
+    ) -> None:
+        super().__init__()
+        if net not in self._FILES:
+            raise ValueError(f"net={net!r} is no LPIPS backbone; choose {', '.join(self._FILES)}.")
+        self.resize = resize
+        self.model = self._build(net, weights).requires_grad_(False).eval()
+
+    def _build(self, net: str, weights: str | Path | None) -> nn.Module:
+        import lpips
+
+        if weights is None:
+            try:
+                return lpips.LPIPS(net=net, verbose=False)
+            except OSError as error:  # what torch.hub raises without a network
+                raise FileNotFoundError(
+                    f"LPIPS needs {self._FILES[net]} (torchvision's weights), which could not be "
+                    f"downloaded ({error}). Fetch that file where there is a network and give its "
+                    "path as the distance's option `weights`, or choose distance: l2."
+                ) from error
+        if not Path(weights).is_file():
+            raise FileNotFoundError(
+                f"The option `weights` of LPIPS names {weights}, which does not exist; it must be "
+                f"a local copy of torchvision's {self._FILES[net]}."
+            )
+        model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        wanted = model.net.state_dict()
+        # lpips cuts torchvision's `features` into slices that keep the layers' numbers.
+        names = {key: "features." + key.split(".", 1)[1] for key in wanted}
+        missing = [name for name in names.values() if name not in state]
+        if missing:
+            raise ValueError(
+                f"{weights} is not torchvision's {self._FILES[net]}: it has no {missing[0]}."
+            )
+        model.net.load_state_dict({key: state[name] for key, name in names.items()})
+        return model
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        """The heads have dropout, which must stay off."""
+        return super().train(False)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Unit-normalised activations of the backbone's five (seven for squeeze) stages.
+
+        Raises:
+            ValueError: If the images are too small for the backbone.
+        """
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        if self.resize is not None:
+            size = (self.resize, self.resize)
+            images = functional.interpolate(images, size, mode="bilinear", antialias=False)
+        if min(images.shape[-2:]) < 32:
+            raise ValueError(
+                f"LPIPS cannot look at images of {tuple(images.shape[-2:])} pixels: set the "
+                "distance's option `resize` to 32 or more (64 is a good choice for tiny images)."
+            )
+        stages = self.model.net(self.model.scaling_layer(images))
+        return [_unit(stage) for stage in stages]
+
+    def compare(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """Sum over stages of the weighted squared differences, averaged over positions."""
+        total = torch.zeros(len(features[0]), device=features[0].device)
+        for head, ours, theirs in zip(self.model.lins, features, targets, strict=True):
+            total = total + head((ours - theirs) ** 2).float().mean(dim=(1, 2, 3))
+        return total
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Normalise over channels, with a finite gradient where all of them are 0 (lpips's is NaN)."""
+    return features * (features.float().square().sum(1, keepdim=True) + 1e-20).rsqrt()
+
+
+DISTANCES: dict[str, type[Distance]] = {
+    "lpips": LPIPS,
+    "l2": L2,
+    "l1": L1,
+    "pseudo_huber": PseudoHuber,
+}
+"""Distances by name, with their default settings."""
+
+
+def as_distance(distance: str | Distance) -> Distance:
+    """A distance itself, or the one of that name.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if isinstance(distance, Distance):
+        return distance
+    if distance not in DISTANCES:
+        raise ValueError(
+            f"distance={distance!r} is unknown; choose one of {', '.join(DISTANCES)}, or give a "
+            "class_path with init_args."
+        )
+    return DISTANCES[distance]()

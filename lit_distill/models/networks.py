@@ -1,0 +1,98 @@
+"""Networks from diffusers behind the one signature that denoisers ask for."""
+
+from typing import Any
+
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from lit_distill.diffusion import Condition, labels_of
+
+
+class UNet(nn.Module):
+    """diffusers' ``UNet2DModel`` as ``network(x, time, condition)``.
+
+    A class-conditional network has one class more than the data: the last one, the *null class*,
+    stands for "no label", so that it can be guided.
+
+    Args:
+        image_size: Height and width of an image; divisible by 2 for each level but the first.
+        channels: Channels of an image.
+        num_classes: Number of classes, or None for an unconditional network.
+        block_out_channels: Channels of each resolution level, from the finest.
+        layers_per_block: Residual blocks of each level.
+        attention_levels: Levels with self-attention (0 is the finest). The middle always has it.
+        dropout: Dropout rate inside the residual blocks.
+        norm_num_groups: Groups of the group normalisation.
+        options: Any other argument of ``UNet2DModel``; these win.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int = 3,
+        num_classes: int | None = None,
+        block_out_channels: list[int] | None = None,
+        layers_per_block: int = 2,
+        attention_levels: list[int] | None = None,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [128, 256, 256] if block_out_channels is None else block_out_channels
+        attends = [level in (attention_levels or []) for level in range(len(widths))]
+        arguments: dict[str, Any] = {
+            "sample_size": image_size,
+            "in_channels": channels,
+            "out_channels": channels,
+            "block_out_channels": tuple(widths),
+            "layers_per_block": layers_per_block,
+            "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            "up_block_types": tuple(
+                "AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)
+            ),
+            "dropout": dropout,
+            "norm_num_groups": norm_num_groups,
+            "num_class_embeds": None if num_classes is None else num_classes + 1,
+        }
+        self._adopt(UNet2DModel(**(arguments | (options or {}))), num_classes, num_classes)
+
+    def _adopt(self, unet: UNet2DModel, classes: int | None, null_label: int | None) -> None:
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.unet = unet
+        self.image_shape = (unet.config.in_channels, height, width)
+        self.num_classes, self.null_label = classes, null_label
+
+    @classmethod
+    def wrap(
+        cls, unet: UNet2DModel, num_classes: int | None = None, null_label: int | None = None
+    ) -> "UNet":
+        """Take over a ``UNet2DModel`` made elsewhere.
+
+        Args:
+            unet: The network.
+            num_classes: Its classes; by default all that it embeds.
+            null_label: The one that stands for "no label", if it has one.
+        """
+        network = cls.__new__(cls)
+        nn.Module.__init__(network)
+        classes = unet.config.num_class_embeds if num_classes is None else num_classes
+        network._adopt(unet, classes, null_label)
+        return network
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition = None) -> Tensor:
+        """Evaluate at ``x`` (B, C, H, W) and ``time`` (B,), with labels (B,) where it takes any.
+
+        Raises:
+            ValueError: If a label-conditional network gets no labels.
+        """
+        labels = labels_of(condition)
+        if self.num_classes is None:
+            labels = None  # data may carry labels that an unconditional network does not take
+        elif labels is None:
+            raise ValueError(
+                f"This network is conditional on {self.num_classes} classes and got no labels: "
+                "use data with labels, or an unconditional network."
+            )
+        return self.unet(x, time, class_labels=labels, return_dict=False)[0]
