@@ -1,0 +1,7 @@
+"""Methods: one file each."""
+
+from lit_distill.methods.base import AlternatingDistillationModule, DistillationModule
+from lit_distill.methods.dmd import DMD
+from lit_distill.methods.teacher import DiffusionTeacher
+
+__all__ = ["DMD", "AlternatingDistillationModule", "DiffusionTeacher", "DistillationModule"]

@@ -1,0 +1,419 @@
+"""The two base classes: one trained network with automatic optimization, or several in turn.
+
+They own what is the same for every method: the frozen teacher, the average of the student's
+weights, random state, checkpoints, sampling and the count of what was spent. A method's file owns
+its loss.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lit_distill.diffusion import Condition, Denoiser, EvaluationCounter, sample
+from lit_distill.models import load_denoiser
+
+Batch = dict[str, Tensor]
+"""``image`` (B, C, H, W) in [-1, 1], and where there are any: ``label``, ``noise``, ``index``."""
+
+Part = TypeVar("Part")
+# How often a run looks whether its losses are finite: a look makes a GPU wait.
+_CHECK_EVERY = 20
+
+
+def as_denoiser(source: str | Denoiser) -> Denoiser:
+    """A denoiser itself, or the one in a folder or on the hub."""
+    return source if isinstance(source, Denoiser) else load_denoiser(source)
+
+
+def condition_of(batch: Batch) -> Condition:
+    """What a batch's images are conditional on."""
+    return batch.get("label")
+
+
+class DistillationModule(LightningModule):
+    """One trained network, automatic optimization.
+
+    Subclasses implement ``training_step``. Concrete classes call ``self.save_hyperparameters()``
+    in their constructor, so that a checkpoint can rebuild them.
+
+    Args:
+        student: The network in training.
+        teacher: The frozen model it learns from, if there is one.
+        optimizer: Makes the student's optimizer from its parameters.
+        lr_scheduler: Makes its learning-rate schedule, stepped once a student update.
+        ema_decay: Decay of the average of the student's weights that is sampled and exported.
+            It warms up as ``(1 + n) / (10 + n)`` after ``n`` updates.
+        steps: Steps of a sampling run where none are asked for.
+        solver: Solver of a sampling run, see :func:`lit_distill.diffusion.solve`.
+        compile: Compile the networks with ``torch.compile``.
+        channels_last: Keep weights in the channels-last layout (faster convolutions on GPUs).
+
+    Attributes:
+        ema: The averaged student, ``ema.module``.
+        teacher_evaluations: Teacher evaluations that training spent so far, times batch rows, over
+            all processes.
+        train_seconds: Wall-clock seconds spent in training steps so far, over restarts.
+    """
+
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: Denoiser | None = None,
+        *,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        ema_decay: float = 0.999,
+        steps: int = 1,
+        solver: str = "euler",
+        compile: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.requires_grad_(False)
+        self.ema = AveragedModel(student, multi_avg_fn=self._average).requires_grad_(False)
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.ema_decay, self.steps, self.solver = ema_decay, steps, solver
+        self.compile_networks, self.channels_last = compile, channels_last
+        self.teacher_evaluations, self.train_seconds = 0, 0.0
+        self._losses: list[Tensor] = []
+        self._counter: EvaluationCounter | None = None
+        self.train()
+
+    # --- What a method may use ------------------------------------------------------------------
+
+    @property
+    def network(self) -> Denoiser:
+        """The model that is sampled and exported: the student with averaged weights."""
+        return self.ema.module
+
+    @torch.no_grad()
+    def generate(
+        self, noise: Tensor, condition: Condition = None, steps: int | None = None
+    ) -> Tensor:
+        """Make samples with the averaged weights.
+
+        Args:
+            noise: ``(B, *shape)``, unit noise, see :func:`lit_distill.diffusion.seeded_noise`.
+            condition: Labels ``(B,)`` or named tensors.
+            steps: Number of steps; the module's own by default.
+
+        Returns:
+            ``(B, *shape)`` in about [-1, 1].
+        """
+        return sample(
+            self.network,
+            noise,
+            steps=self.steps if steps is None else steps,
+            solver=self.solver,
+            condition=condition,
+        )
+
+    def preview(self, noise: Tensor, condition: Condition = None) -> dict[str, Tensor]:
+        """Rows of images that show how training stands, by name; always from the same noise."""
+        return {"student": self.generate(noise, condition)}
+
+    def sampling_record(self) -> dict[str, Any]:
+        """How ``generate`` samples: what a set of stored pairs says about its origin."""
+        with EvaluationCounter(self.network) as counter:
+            shape = self.network.image_shape or ()
+            zeros = torch.zeros((1, *shape), device=self.device)
+            label = torch.zeros(1, dtype=torch.long, device=self.device)
+            self.generate(zeros, None if self.network.num_classes is None else label)
+        return {
+            "teacher": self.network.fingerprint(),
+            "solver": self.solver,
+            "steps": self.steps,
+            "nfe": counter.calls,
+            "sigma_min": self.network.sigma_min,
+            "sigma_max": self.network.sigma_max,
+            "dtype": "float32",
+            "precision": str(self.trainer.precision),
+            "deterministic": True,
+        }
+
+    def trained_modules(self) -> list["Trained"]:
+        """What is trained, the student first."""
+        return [Trained("student", self.student, self.optimizer, self.lr_scheduler)]
+
+    def frozen_modules(self) -> tuple[str, ...]:
+        """Names of submodules that never change and are therefore left out of checkpoints."""
+        return ("teacher",)
+
+    def watch(self, loss: Tensor) -> None:
+        """Remember a loss, so that training stops with a sentence once one is not finite.
+
+        Raises:
+            FloatingPointError: Every so many steps, if one of the losses since was NaN or infinite.
+        """
+        self._losses.append(loss.detach())
+        if len(self._losses) >= _CHECK_EVERY:
+            self._check_losses()
+
+    def student_stepped(self) -> None:
+        """Follow a student update: the average of its weights moves with it, and only then."""
+        self.ema.update_parameters(self.student)
+
+    # --- Lightning's hooks ----------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check the data against the teacher, and prepare the networks for speed."""
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and hasattr(data, "check_teacher"):
+            data.check_teacher(self.teacher if self.teacher is not None else self.student)
+        if self.channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compile_networks:
+            for module in [*(t.module for t in self.trained_modules()), self.teacher]:
+                if module is not None:
+                    module.compile()
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer for each trained network; schedules count student updates."""
+        optimizers, schedulers = [], []
+        for trained in self.trained_modules():
+            optimizer = trained.optimizer(trained.module.parameters())
+            optimizers.append(optimizer)
+            if trained.lr_scheduler is not None:
+                scheduler = trained.lr_scheduler(optimizer)
+                schedulers.append({"scheduler": scheduler, "interval": "step"})
+        return optimizers, schedulers
+
+    def train(self, mode: bool = True) -> "DistillationModule":
+        """Set the mode of what is trained; teacher and average always stay in eval mode."""
+        super().train(mode)
+        self.ema.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """Start to count the teacher's evaluations."""
+        if self.teacher is not None:
+            self._counter = EvaluationCounter(self.teacher)
+            self._counter.__enter__()
+
+    def on_fit_end(self) -> None:
+        """Stop counting."""
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed the step by (seed, step, rank), so that a resumed run draws what it would have."""
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        entropy = (int(os.environ.get("PL_GLOBAL_SEED", "0")), step, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        self._step_began = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Keep the books."""
+        self.train_seconds += time.perf_counter() - self._step_began
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the student (automatic optimization); its average follows."""
+        super().optimizer_step(*args, **kwargs)
+        self.student_stepped()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Samples for a batch of ``index``, ``noise`` and maybe ``label``."""
+        return {**batch, "image": self.generate(batch["noise"], condition_of(batch)).float()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Nothing: samples are judged by a callback, which asks ``generate``."""
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Nothing: samples are judged by a callback, which asks ``generate``."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what never changes, and what is not plain; add the books.
+
+        Raises:
+            FloatingPointError: If a loss was not finite: such weights never replace good ones.
+        """
+        self._check_losses()
+        prefixes = tuple(f"{name}." for name in self.frozen_modules())
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith(prefixes)}
+        if "hyper_parameters" in checkpoint:
+            arguments = checkpoint["hyper_parameters"]
+            checkpoint["hyper_parameters"] = {k: v for k, v in arguments.items() if _is_plain(v)}
+        checkpoint["spent"] = {
+            "teacher_evaluations": self._counted(),
+            "train_seconds": self.train_seconds,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read the books."""
+        spent = checkpoint.get("spent", {})
+        self.teacher_evaluations = int(spent.get("teacher_evaluations", 0))
+        self.train_seconds = float(spent.get("train_seconds", 0.0))
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; only those of :meth:`frozen_modules` may be missing."""
+        prefixes = tuple(f"{name}." for name in self.frozen_modules())
+        own = {k: v for k, v in self.state_dict().items() if k.startswith(prefixes)}
+        return super().load_state_dict({**own, **state_dict}, strict=strict, assign=assign)
+
+    # --- Inside ---------------------------------------------------------------------------------
+
+    def _average(self, averaged: Any, current: Any, count: Tensor | int) -> None:
+        """Move the average by ``1 - decay`` towards the student."""
+        n = int(count)
+        decay = min(self.ema_decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
+
+    def _counted(self) -> int:
+        """All teacher evaluations so far, those of other processes included."""
+        if self._counter is not None:
+            self.teacher_evaluations += self._counter.samples * self.trainer.world_size
+            self._counter.samples = 0
+        return self.teacher_evaluations
+
+    def _check_losses(self) -> None:
+        losses, self._losses = self._losses, []
+        if losses and not bool(torch.stack(losses).isfinite().all()):
+            raise FloatingPointError(
+                f"The loss is not finite near step {self.trainer.global_step}. Training stopped, "
+                "and the checkpoints from before are kept. Lower the learning rate, clip "
+                "gradients, or use precision 32-true or bf16-mixed instead of 16-mixed; then go "
+                "on with --ckpt_path last."
+            )
+
+
+@dataclass
+class Trained:
+    """A network in training and how it is trained.
+
+    Attributes:
+        name: Its name in the module and in the log.
+        module: The network's denoiser.
+        optimizer: Makes its optimizer from its parameters.
+        lr_scheduler: Makes its schedule, stepped once a *student* update.
+        clip: Largest norm of its gradient, or None.
+    """
+
+    name: str
+    module: nn.Module
+    optimizer: OptimizerCallable
+    lr_scheduler: LRSchedulerCallable | None = None
+    clip: float | None = None
+
+
+class AlternatingDistillationModule(DistillationModule):
+    """Several trained networks, each with its own optimizer, stepped in turn.
+
+    A batch is one student update and as many of the others as the method wants, so that batches,
+    ``global_step``, ``max_steps``, checkpoints and the log all count student updates.
+
+    Under DDP use ``strategy: ddp_find_unused_parameters_true``: each backward pass reaches one of
+    the networks only.
+
+    Args:
+        student: The network in training.
+        teacher: The frozen model.
+        accumulate: Micro-batches that a batch is split into, whose gradients add up to one update.
+        base: Arguments of :class:`DistillationModule`.
+    """
+
+    def __init__(
+        self, student: Denoiser, teacher: Denoiser, *, accumulate: int = 1, **base: Any
+    ) -> None:
+        super().__init__(student, teacher, **base)
+        self.automatic_optimization = False
+        self.accumulate = accumulate
+
+    def split(self, batch: Batch) -> list[Batch]:
+        """Cut a batch into ``accumulate`` micro-batches.
+
+        Raises:
+            ValueError: If the batch does not divide.
+        """
+        size = len(batch["image"])
+        if size % self.accumulate:
+            raise ValueError(
+                f"A batch of {size} does not divide into accumulate={self.accumulate} parts."
+            )
+        rows = [torch.arange(size).chunk(self.accumulate)[i] for i in range(self.accumulate)]
+        return [{k: v[r[0] : r[-1] + 1] for k, v in batch.items()} for r in rows]
+
+    def update(self, name: str, loss: Callable[[Part], Tensor], parts: Sequence[Part]) -> None:
+        """Step one of the trained networks.
+
+        Args:
+            name: Which, see :meth:`trained_modules`.
+            loss: The loss of a part, a scalar.
+            parts: Micro-batches; the update's gradient is the mean of theirs.
+        """
+        names = [t.name for t in self.trained_modules()]
+        index = names.index(name)
+        trained = self.trained_modules()[index]
+        optimizers = self.optimizers()
+        optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.zero_grad()
+        for part in parts:
+            value = loss(part)
+            self.watch(value)
+            self.manual_backward(value / len(parts))
+        gradients = [p.grad for p in trained.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self.log(f"grad_norm/{name}", norm)
+        if trained.clip is not None:
+            nn.utils.clip_grads_with_norm_(trained.module.parameters(), trained.clip, norm)
+        if index > 0:
+            _step_uncounted(optimizer)
+            return
+        optimizer.step()
+        self.student_stepped()
+        self._step_schedules()
+
+    def _step_schedules(self) -> None:
+        schedulers = self.lr_schedulers()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            if scheduler is not None:
+                scheduler.step()  # type: ignore[call-arg]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Not called in manual optimization; the average follows in :meth:`update`."""
+        super(DistillationModule, self).optimizer_step(*args, **kwargs)
+
+
+def _step_uncounted(optimizer: LightningOptimizer) -> None:
+    """Step an optimizer without a count in ``global_step``, which means student updates.
+
+    Lightning counts every step of every optimizer through these two hooks, and sets them anew for
+    each batch.
+    """
+    hooks = optimizer._on_before_step, optimizer._on_after_step
+    optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
+    try:
+        optimizer.step()
+    finally:
+        optimizer._on_before_step, optimizer._on_after_step = hooks
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a constructor argument is made of numbers, texts, lists and dicts only."""
+    if isinstance(value, dict):
+        return all(_is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def copy_of(denoiser: Denoiser) -> Denoiser:
+    """A trainable copy of a frozen model."""
+    return copy.deepcopy(denoiser).requires_grad_(True)

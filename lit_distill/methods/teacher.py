@@ -1,0 +1,85 @@
+"""Training of a teacher: denoising score matching, with any denoiser's own objective."""
+
+from collections.abc import Callable
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lit_distill.diffusion import Denoiser
+from lit_distill.losses import denoising_loss
+from lit_distill.methods.base import Batch, DistillationModule, as_denoiser, condition_of
+
+
+class DiffusionTeacher(DistillationModule):
+    """Trains a diffusion or flow model from data.
+
+    The objective follows from the denoiser: an ``EDMDenoiser`` is trained as in Karras et al. 2022
+    (Eq. 8), an ``EpsilonDenoiser`` as in DDPM (Ho et al. 2020, Eq. 14), a ``VelocityDenoiser`` on
+    v (Salimans & Ho 2022), a ``FlowDenoiser`` as a rectified flow (Liu et al. 2023, Eq. 1). All of
+    them are ``weight(sigma) |D(x0 + sigma noise, sigma) - x0|^2`` with their own weight.
+
+    Under DDP use ``strategy: ddp``.
+
+    Args:
+        denoiser: The model to train, or a folder or hub id to go on from.
+        sigma_distribution: Maps uniform numbers to training noise levels, for example
+            ``LogNormalSigma``; by default uniform in the denoiser's own time.
+        label_dropout: Share of samples whose label is replaced by the null class, for guidance.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the learning-rate schedule, in steps.
+        ema_decay: Decay of the average of the weights.
+        steps: Steps of a sampling run.
+        solver: Solver of a sampling run.
+        compile: Compile the network.
+        channels_last: Keep weights in the channels-last layout.
+
+    Raises:
+        ValueError: If labels shall be dropped but the network has no null class.
+    """
+
+    def __init__(
+        self,
+        denoiser: str | Denoiser,
+        sigma_distribution: Callable[[Tensor], Tensor] | None = None,
+        label_dropout: float = 0.0,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        ema_decay: float = 0.999,
+        steps: int = 18,
+        solver: str = "heun",
+        compile: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        student = as_denoiser(denoiser)
+        if label_dropout > 0 and student.null_label is None:
+            raise ValueError(
+                f"label_dropout={label_dropout} needs a class-conditional network with a null "
+                "class: set the network's num_classes, or label_dropout to 0."
+            )
+        super().__init__(
+            student,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            ema_decay=ema_decay,
+            steps=steps,
+            solver=solver,
+            compile=compile,
+            channels_last=channels_last,
+        )
+        self.save_hyperparameters(logger=False)
+        self.sigma_distribution = sigma_distribution or student.schedule
+        self.label_dropout = label_dropout
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Denoising score matching on a batch of data."""
+        x0, condition = batch["image"], condition_of(batch)
+        sigma = self.sigma_distribution(torch.rand(len(x0), device=self.device))
+        if self.label_dropout > 0 and isinstance(condition, Tensor):
+            null = self.student.null(condition)
+            drop = torch.rand(len(x0), device=self.device) < self.label_dropout
+            condition = torch.where(drop, null, condition)  # type: ignore[arg-type]
+        loss = denoising_loss(self.student, x0, sigma, torch.randn_like(x0), condition).mean()
+        self.watch(loss)
+        self.log("loss/denoising", loss, prog_bar=True)
+        return loss
