@@ -1,18 +1,20 @@
 """Denoisers, noise levels and solvers: pure torch, no Lightning."""
 
-from lit_distill.diffusion.denoisers import (
+from lit_distill.diffusion.contract import (
     Condition,
-    ConsistencyDenoiser,
     Denoiser,
-    EDMDenoiser,
-    EpsilonDenoiser,
-    FlowDenoiser,
     GuidedDenoiser,
     Network,
     NetworkDenoiser,
-    VelocityDenoiser,
     labels_of,
     like,
+)
+from lit_distill.diffusion.denoisers import (
+    ConsistencyDenoiser,
+    EDMDenoiser,
+    EpsilonDenoiser,
+    FlowDenoiser,
+    VelocityDenoiser,
 )
 from lit_distill.diffusion.ideal import EmpiricalDenoiser, GaussianMixtureDenoiser
 from lit_distill.diffusion.noise_levels import (

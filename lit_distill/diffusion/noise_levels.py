@@ -4,9 +4,8 @@ Everything is expressed in the variance-exploding coordinate ``x_sigma = x0 + si
 Times and levels are computed in float64, where precision costs nothing.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,9 +45,7 @@ def rho_levels(u: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) 
     return (low + u.double() * (high - low)) ** rho
 
 
-def karras_sigmas(
-    num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0
-) -> Tensor:
+def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """Grid of Karras et al. 2022 (EDM), Eq. 5: ``num_steps`` jumps that end at 0.
 
     Args:
@@ -114,7 +111,7 @@ def sigma_to_timestep(sigma: Tensor, table: Tensor) -> Tensor:
         index exactly.
     """
     logs = table.log()
-    target = sigma.double().clamp(float(table[0]), float(table[-1])).log()
+    target = sigma.double().clamp(table[0], table[-1]).log()  # tensors: a GPU need not wait
     high = torch.searchsorted(logs, target).clamp(1, len(table) - 1)
     low = high - 1
     time = low + (target - logs[low]) / (logs[high] - logs[low])
@@ -156,20 +153,24 @@ def trailing_timesteps(num_steps: int, num_timesteps: int) -> Tensor:
 # --- Distributions of training noise levels ----------------------------------------------------
 
 
-class SigmaDistribution(Protocol):
+class SigmaDistribution(ABC):
     """Draws training noise levels: ``distribution(u) -> sigma`` for ``u`` uniform in (0, 1)."""
 
+    @abstractmethod
     def __call__(self, u: Tensor) -> Tensor:
-        """Map uniform numbers to levels of the same shape."""
-        ...
+        """Map uniform numbers to levels of the same shape, float64."""
 
 
-@dataclass(frozen=True)
-class LogNormalSigma:
-    """``ln sigma ~ N(mean, std^2)``: EDM's training distribution (Karras et al. 2022, Table 1)."""
+class LogNormalSigma(SigmaDistribution):
+    """``ln sigma ~ N(mean, std^2)``: EDM's training distribution (Karras et al. 2022, Table 1).
 
-    mean: float = -1.2
-    std: float = 1.2
+    Args:
+        mean: Mean of ``ln sigma``.
+        std: Its standard deviation.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
+        self.mean, self.std = mean, std
 
     def __call__(self, u: Tensor) -> Tensor:
         """Map uniform numbers to levels by the inverse distribution function."""
@@ -177,25 +178,33 @@ class LogNormalSigma:
         return (self.mean + self.std * normal).exp()
 
 
-@dataclass(frozen=True)
-class LogUniformSigma:
-    """``ln sigma`` uniform between two levels."""
+class LogUniformSigma(SigmaDistribution):
+    """``ln sigma`` uniform between two levels.
 
-    sigma_min: float
-    sigma_max: float
+    Args:
+        sigma_min: Smallest level.
+        sigma_max: Largest level.
+    """
+
+    def __init__(self, sigma_min: float, sigma_max: float) -> None:
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def __call__(self, u: Tensor) -> Tensor:
         """Map uniform numbers to levels."""
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** u.double()
 
 
-@dataclass(frozen=True)
-class RhoUniformSigma:
-    """Uniform in ``sigma ** (1 / rho)``: the density of a Karras grid's nodes."""
+class RhoUniformSigma(SigmaDistribution):
+    """Uniform in ``sigma ** (1 / rho)``: the density of a Karras grid's nodes.
 
-    sigma_min: float
-    sigma_max: float
-    rho: float = 7.0
+    Args:
+        sigma_min: Smallest level.
+        sigma_max: Largest level.
+        rho: Curvature of the grid.
+    """
+
+    def __init__(self, sigma_min: float, sigma_max: float, rho: float = 7.0) -> None:
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
     def __call__(self, u: Tensor) -> Tensor:
         """Map uniform numbers to levels."""

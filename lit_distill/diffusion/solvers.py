@@ -6,13 +6,14 @@ denoiser was in fact asked: see :class:`EvaluationCounter`.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lit_distill.diffusion.denoisers import Condition, Denoiser, like
+from lit_distill.diffusion.contract import Condition, Denoiser, like
 from lit_distill.diffusion.noise_levels import check_steps
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -57,7 +58,7 @@ def euler(
     callback: Callback | None = None,
 ) -> Tensor:
     """Euler's method, which is DDIM (Song et al. 2021), of order 1."""
-    for i, (sigma, to_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, to_sigma) in enumerate(pairwise(sigmas)):
         x0 = denoiser(x, sigma, condition)
         if callback is not None:
             callback(i, x, x0)
@@ -72,8 +73,11 @@ def heun(
     condition: Condition = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Heun's method (Karras et al. 2022, Algorithm 1) of order 2; a step to 0 is Euler's."""
-    for i, (sigma, to_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    """Heun's method (Karras et al. 2022, Algorithm 1) of order 2; a step to 0 is Euler's.
+
+    It steps in the denoiser's own coordinate, see :meth:`Denoiser.scale`.
+    """
+    for i, (sigma, to_sigma) in enumerate(pairwise(sigmas)):
         x0 = denoiser(x, sigma, condition)
         if callback is not None:
             callback(i, x, x0)
@@ -82,9 +86,13 @@ def heun(
         # Looked at on the last step only: on a GPU the look waits for all work before it.
         if i < len(sigmas) - 2 or not bool(ends.all()):
             level = torch.where(ends, sigma, to_sigma)  # any level that is not 0 will do
-            slope = (x - x0) / like(sigma, x)
-            slope_ahead = (ahead - denoiser(ahead, level, condition)) / like(level, x)
-            corrected = x + like(to_sigma - sigma, x) * (slope + slope_ahead) / 2
+            scale, scale_ahead = denoiser.scale(sigma), denoiser.scale(level)
+            time, time_ahead = scale * sigma, scale_ahead * level
+            slope = (like(scale, x) * x - x0) / like(time, x)
+            x0_ahead = denoiser(ahead, level, condition)
+            slope_ahead = (like(scale_ahead, x) * ahead - x0_ahead) / like(time_ahead, x)
+            moved = like(time_ahead - time, x) * (slope + slope_ahead) / 2
+            corrected = (like(scale, x) * x + moved) / like(scale_ahead, x)
             ahead = torch.where(like(ends, x).bool(), ahead, corrected)
         x = ahead
     return x
@@ -104,7 +112,7 @@ def dpmpp_2m(
     """
     previous: Tensor | None = None
     last_length = torch.zeros_like(sigmas[0])
-    for i, (sigma, to_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, to_sigma) in enumerate(pairwise(sigmas)):
         x0 = denoiser(x, sigma, condition)
         if callback is not None:
             callback(i, x, x0)
@@ -155,6 +163,12 @@ def solve(
         raise ValueError(
             f"sigmas of shape {tuple(sigmas.shape)} is no grid for a batch of {len(x)}: "
             "(S,) or (S, B) with S >= 2 is needed."
+        )
+    # Looked at where a look is free: on a GPU it would wait for all work before it.
+    if sigmas.device.type == "cpu" and not bool((sigmas[:-1] > 0).all()):
+        raise ValueError(
+            "sigmas has a level that is not above 0 before its end: the ODE stops at 0, so that "
+            "only the last level may be 0."
         )
     grid = sigmas.to(x.device).expand(-1, len(x))
     return SOLVERS[solver](denoiser, x, grid, condition, callback)
@@ -226,19 +240,22 @@ class EvaluationCounter:
         >>> counter.calls
         35
 
+    Args:
+        denoiser: What to watch.
+        when: Says at each evaluation whether it counts; by default all do.
+
     Attributes:
         calls: Network evaluations: the NFE of one sampling run.
         samples: Evaluations times batch rows.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: Denoiser, when: Callable[[], bool] = lambda: True) -> None:
+        self._when = when
         self.calls = 0
         self.samples = 0
         inner = [m for m in denoiser.modules() if isinstance(m, Denoiser)]
         self._leaves = [
-            m
-            for m in inner
-            if not any(isinstance(c, Denoiser) for c in list(m.modules())[1:])
+            m for m in inner if not any(isinstance(c, Denoiser) for c in list(m.modules())[1:])
         ]
         self._handles: list[Any] = []
 
@@ -256,5 +273,6 @@ class EvaluationCounter:
             handle.remove()
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.calls += 1
-        self.samples += len(output)
+        if self._when():
+            self.calls += 1
+            self.samples += len(output)

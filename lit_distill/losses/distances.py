@@ -1,6 +1,9 @@
 """Distances between images: ``distance(x, target) -> (B,)``, averaged over all but the batch."""
 
+import warnings
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +53,15 @@ class PseudoHuber(Distance):
     Args:
         c: Where the square ends and the norm begins; by default ``0.00054 sqrt(D)`` for ``D``
             numbers an image, as in that paper.
+
+    Raises:
+        ValueError: If ``c`` is not above 0.
     """
 
     def __init__(self, c: float | None = None) -> None:
         super().__init__()
+        if c is not None and c <= 0:
+            raise ValueError(f"c={c}: the pseudo-Huber distance needs a constant above 0.")
         self.c = c
 
     def compare(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -76,11 +84,11 @@ class LPIPS(Distance):
             download it.
 
     Raises:
-        ValueError: If the backbone is unknown.
+        ValueError: If the backbone is unknown, or the file holds something else.
         FileNotFoundError: If the weights are not there and cannot be downloaded.
     """
 
-    _FILES = {
+    _FILES: ClassVar[dict[str, str]] = {
         "vgg": "vgg16-397923af.pth",
         "alex": "alexnet-owt-7be5be79.pth",
         "squeeze": "squeezenet1_1-b8a52dc0.pth",
@@ -93,15 +101,14 @@ class LPIPS(Distance):
         if net not in self._FILES:
             raise ValueError(f"net={net!r} is no LPIPS backbone; choose {', '.join(self._FILES)}.")
         self.resize = resize
-        self.model = self._build(net, weights).requires_grad_(False).eval()
+        self.model: Any = self._build(net, weights).requires_grad_(False).eval()
 
-    def _build(self, net: str, weights: str | Path | None) -> nn.Module:
-        import lpips
-
+    def _build(self, net: str, weights: str | Path | None) -> Any:
         if weights is None:
             try:
-                return lpips.LPIPS(net=net, verbose=False)
-            except OSError as error:  # what torch.hub raises without a network
+                return _lpips(net, pnet_rand=False)
+            # torch.hub raises the first without a network, the second after a broken download
+            except (OSError, RuntimeError) as error:
                 raise FileNotFoundError(
                     f"LPIPS needs {self._FILES[net]} (torchvision's weights), which could not be "
                     f"downloaded ({error}). Fetch that file where there is a network and give its "
@@ -112,17 +119,18 @@ class LPIPS(Distance):
                 f"The option `weights` of LPIPS names {weights}, which does not exist; it must be "
                 f"a local copy of torchvision's {self._FILES[net]}."
             )
-        model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        wanted = model.net.state_dict()
+        model = _lpips(net, pnet_rand=True)
         # lpips cuts torchvision's `features` into slices that keep the layers' numbers.
-        names = {key: "features." + key.split(".", 1)[1] for key in wanted}
-        missing = [name for name in names.values() if name not in state]
-        if missing:
+        names = {key: "features." + key.split(".", 1)[1] for key in model.net.state_dict()}
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            model.net.load_state_dict({key: state[name] for key, name in names.items()})
+        # damaged, not a state_dict, another network's names, another's shapes
+        except (UnpicklingError, EOFError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(
-                f"{weights} is not torchvision's {self._FILES[net]}: it has no {missing[0]}."
-            )
-        model.net.load_state_dict({key: state[name] for key, name in names.items()})
+                f"{weights}, the option `weights` of LPIPS, is not torchvision's "
+                f"{self._FILES[net]} ({type(error).__name__}: {str(error).splitlines()[0]})."
+            ) from error
         return model
 
     def train(self, mode: bool = True) -> "LPIPS":
@@ -133,8 +141,13 @@ class LPIPS(Distance):
         """Unit-normalised activations of the backbone's five (seven for squeeze) stages.
 
         Raises:
-            ValueError: If the images are too small for the backbone.
+            ValueError: If the images are too small for the backbone, or neither grey nor colour.
         """
+        if images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"LPIPS cannot look at images of {images.shape[1]} channels: it was trained on "
+                "colour images. Choose another distance."
+            )
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         if self.resize is not None:
@@ -154,6 +167,15 @@ class LPIPS(Distance):
         for head, ours, theirs in zip(self.model.lins, features, targets, strict=True):
             total = total + head((ours - theirs) ** 2).float().mean(dim=(1, 2, 3))
         return total
+
+
+def _lpips(net: str, pnet_rand: bool) -> Any:
+    """The package's model, without its warnings of torchvision's old argument names."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return lpips.LPIPS(net=net, pnet_rand=pnet_rand, verbose=False)
 
 
 def _unit(features: Tensor) -> Tensor:

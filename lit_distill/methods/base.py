@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -61,9 +61,11 @@ class DistillationModule(LightningModule):
 
     Attributes:
         ema: The averaged student, ``ema.module``.
-        teacher_evaluations: Teacher evaluations that training spent so far, times batch rows, over
-            all processes.
-        train_seconds: Wall-clock seconds spent in training steps so far, over restarts.
+        teacher_evaluations: Teacher evaluations that training spent, times batch rows, over all
+            processes and restarts; up to date in checkpoints and after a fit. Those of previews
+            and evaluations are left out.
+        train_seconds: Wall-clock seconds spent in training steps and the callbacks after them,
+            over restarts.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class DistillationModule(LightningModule):
 
     def sampling_record(self) -> dict[str, Any]:
         """How ``generate`` samples: what a set of stored pairs says about its origin."""
+        precision = str(self.trainer.precision)
         with EvaluationCounter(self.network) as counter:
             shape = self.network.image_shape or ()
             zeros = torch.zeros((1, *shape), device=self.device)
@@ -140,8 +143,7 @@ class DistillationModule(LightningModule):
             "nfe": counter.calls,
             "sigma_min": self.network.sigma_min,
             "sigma_max": self.network.sigma_max,
-            "dtype": "float32",
-            "precision": str(self.trainer.precision),
+            "dtype": precision.replace("32-true", "float32"),
             "deterministic": True,
         }
 
@@ -201,15 +203,17 @@ class DistillationModule(LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Start to count the teacher's evaluations."""
+        """Start to count the teacher's evaluations, in training mode: not those of callbacks."""
         if self.teacher is not None:
-            self._counter = EvaluationCounter(self.teacher)
+            self._counter = EvaluationCounter(self.teacher, when=lambda: self.training)
             self._counter.__enter__()
 
     def on_fit_end(self) -> None:
         """Stop counting."""
         if self._counter is not None:
+            self._counted()
             self._counter.__exit__(None, None, None)
+            self._counter = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the step by (seed, step, rank), so that a resumed run draws what it would have."""
@@ -221,6 +225,10 @@ class DistillationModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Keep the books."""
         self.train_seconds += time.perf_counter() - self._step_began
+
+    def on_train_epoch_end(self) -> None:
+        """Look at the last losses before the run's end is written anywhere."""
+        self._check_losses()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the student (automatic optimization); its average follows."""
@@ -241,12 +249,16 @@ class DistillationModule(LightningModule):
         """Leave out what never changes, and what is not plain; add the books.
 
         Raises:
-            FloatingPointError: If a loss was not finite: such weights never replace good ones.
+            FloatingPointError: If a loss was not finite, or a weight is not: such weights never
+                replace good ones.
         """
         self._check_losses()
         prefixes = tuple(f"{name}." for name in self.frozen_modules())
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith(prefixes)}
+        state = {k: v for k, v in state.items() if not k.startswith(prefixes)}
+        checkpoint["state_dict"] = state
+        if not all(bool(weight.isfinite().all()) for weight in state.values()):
+            self._stop("The weights are")  # a finite loss may have a gradient that is not
         if "hyper_parameters" in checkpoint:
             arguments = checkpoint["hyper_parameters"]
             checkpoint["hyper_parameters"] = {k: v for k, v in arguments.items() if _is_plain(v)}
@@ -285,12 +297,14 @@ class DistillationModule(LightningModule):
     def _check_losses(self) -> None:
         losses, self._losses = self._losses, []
         if losses and not bool(torch.stack(losses).isfinite().all()):
-            raise FloatingPointError(
-                f"The loss is not finite near step {self.trainer.global_step}. Training stopped, "
-                "and the checkpoints from before are kept. Lower the learning rate, clip "
-                "gradients, or use precision 32-true or bf16-mixed instead of 16-mixed; then go "
-                "on with --ckpt_path last."
-            )
+            self._stop("The loss is")
+
+    def _stop(self, what: str) -> NoReturn:
+        raise FloatingPointError(
+            f"{what} not finite near step {self.trainer.global_step}. Training stopped, and the "
+            "checkpoints from before are kept. Lower the learning rate, clip gradients, or use "
+            "precision 32-true or bf16-mixed instead of 16-mixed; then go on with --ckpt_path last."
+        )
 
 
 @dataclass
@@ -331,9 +345,24 @@ class AlternatingDistillationModule(DistillationModule):
     def __init__(
         self, student: Denoiser, teacher: Denoiser, *, accumulate: int = 1, **base: Any
     ) -> None:
+        if accumulate < 1:
+            raise ValueError(f"accumulate={accumulate}: a batch has at least 1 part.")
         super().__init__(student, teacher, **base)
         self.automatic_optimization = False
         self.accumulate = accumulate
+
+    def setup(self, stage: str) -> None:
+        """Refuse float16, whose scaled gradients could not be clipped; prepare as the base does.
+
+        Raises:
+            ValueError: If the trainer's precision is a float16 one.
+        """
+        if stage == "fit" and str(self.trainer.precision).startswith("16"):
+            raise ValueError(
+                f"precision={self.trainer.precision} does not work with several optimizers: use "
+                "bf16-mixed or 32-true (option trainer.precision)."
+            )
+        super().setup(stage)
 
     def split(self, batch: Batch) -> list[Batch]:
         """Cut a batch into ``accumulate`` micro-batches.
@@ -342,12 +371,12 @@ class AlternatingDistillationModule(DistillationModule):
             ValueError: If the batch does not divide.
         """
         size = len(batch["image"])
+        part = size // self.accumulate
         if size % self.accumulate:
             raise ValueError(
                 f"A batch of {size} does not divide into accumulate={self.accumulate} parts."
             )
-        rows = [torch.arange(size).chunk(self.accumulate)[i] for i in range(self.accumulate)]
-        return [{k: v[r[0] : r[-1] + 1] for k, v in batch.items()} for r in rows]
+        return [{k: v[i : i + part] for k, v in batch.items()} for i in range(0, size, part)]
 
     def update(self, name: str, loss: Callable[[Part], Tensor], parts: Sequence[Part]) -> None:
         """Step one of the trained networks.
@@ -357,9 +386,9 @@ class AlternatingDistillationModule(DistillationModule):
             loss: The loss of a part, a scalar.
             parts: Micro-batches; the update's gradient is the mean of theirs.
         """
-        names = [t.name for t in self.trained_modules()]
-        index = names.index(name)
-        trained = self.trained_modules()[index]
+        index, trained = next(
+            (i, t) for i, t in enumerate(self.trained_modules()) if t.name == name
+        )
         optimizers = self.optimizers()
         optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
         assert isinstance(optimizer, LightningOptimizer)
@@ -378,17 +407,13 @@ class AlternatingDistillationModule(DistillationModule):
             return
         optimizer.step()
         self.student_stepped()
-        self._step_schedules()
 
-    def _step_schedules(self) -> None:
+    def step_schedules(self) -> None:
+        """Go on in all learning-rate schedules, once a batch and after its last update."""
         schedulers = self.lr_schedulers()
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             if scheduler is not None:
                 scheduler.step()  # type: ignore[call-arg]
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Not called in manual optimization; the average follows in :meth:`update`."""
-        super(DistillationModule, self).optimizer_step(*args, **kwargs)
 
 
 def _step_uncounted(optimizer: LightningOptimizer) -> None:

@@ -76,6 +76,9 @@ class DMD(AlternatingDistillationModule):
         ema_decay: Decay of the average of the student's weights.
         compile: Compile all networks.
         channels_last: Keep weights in the channels-last layout.
+        student: What the student starts from, where that is not the teacher: a denoiser of any
+            size, or a folder or hub id of one.
+        fake_score: What the fake score starts from, likewise.
 
     Raises:
         ValueError: If a setting is impossible.
@@ -102,15 +105,17 @@ class DMD(AlternatingDistillationModule):
         ema_decay: float = 0.999,
         compile: bool = False,
         channels_last: bool = False,
+        student: str | Denoiser | None = None,
+        fake_score: str | Denoiser | None = None,
     ) -> None:
         _check(update_ratio, noise_range)
         frozen = as_denoiser(teacher)
-        student = copy_of(frozen)
+        generator = copy_of(frozen if student is None else as_denoiser(student))
         if generator_sigma is not None:
-            student.start_from(generator_sigma)
-        student.trained_steps = (1,)
+            generator.start_from(generator_sigma)
+        generator.trained_steps = (1,)
         super().__init__(
-            student,
+            generator,
             frozen,
             accumulate=accumulate,
             optimizer=optimizer,
@@ -120,7 +125,7 @@ class DMD(AlternatingDistillationModule):
             channels_last=channels_last,
         )
         self.save_hyperparameters(logger=False)
-        self.fake_score = copy_of(frozen)
+        self.fake_score = copy_of(frozen if fake_score is None else as_denoiser(fake_score))
         self.real_score = GuidedDenoiser(frozen, guidance)
         self.distance = as_distance(distance) if regression_weight > 0 else None
         self.regression_weight, self.distribution_weight = regression_weight, distribution_weight
@@ -138,6 +143,7 @@ class DMD(AlternatingDistillationModule):
             if i > 0:
                 samples = [self.fresh_samples(part) for part in parts]
             self.update("fake_score", self.fake_loss, samples)
+        self.step_schedules()
 
     def student_loss(self, batch: Batch, samples: list[Generated]) -> Tensor:
         """Distribution matching on fresh noise and regression on pairs; samples are handed on."""

@@ -1,12 +1,10 @@
 """Training of a teacher: denoising score matching, with any denoiser's own objective."""
 
-from collections.abc import Callable
-
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lit_distill.diffusion import Denoiser
+from lit_distill.diffusion import Denoiser, SigmaDistribution
 from lit_distill.losses import denoising_loss
 from lit_distill.methods.base import Batch, DistillationModule, as_denoiser, condition_of
 
@@ -41,7 +39,7 @@ class DiffusionTeacher(DistillationModule):
     def __init__(
         self,
         denoiser: str | Denoiser,
-        sigma_distribution: Callable[[Tensor], Tensor] | None = None,
+        sigma_distribution: SigmaDistribution | None = None,
         label_dropout: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,

@@ -24,6 +24,9 @@ class UNet(nn.Module):
         dropout: Dropout rate inside the residual blocks.
         norm_num_groups: Groups of the group normalisation.
         options: Any other argument of ``UNet2DModel``; these win.
+
+    Raises:
+        ValueError: If the image cannot be halved as often as the levels ask.
     """
 
     def __init__(
@@ -40,6 +43,12 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         widths = [128, 256, 256] if block_out_channels is None else block_out_channels
+        halvings = len(widths) - 1
+        if image_size % 2**halvings:
+            raise ValueError(
+                f"image_size={image_size} cannot be halved {halvings} times: give fewer "
+                "block_out_channels, or images of another size."
+            )
         attends = [level in (attention_levels or []) for level in range(len(widths))]
         arguments: dict[str, Any] = {
             "sample_size": image_size,
@@ -59,9 +68,9 @@ class UNet(nn.Module):
 
     def _adopt(self, unet: UNet2DModel, classes: int | None, null_label: int | None) -> None:
         size = unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+        sides = (size, size) if isinstance(size, int) else size
         self.unet = unet
-        self.image_shape = (unet.config.in_channels, height, width)
+        self.image_shape = None if sides is None else (unet.config.in_channels, *sides)
         self.num_classes, self.null_label = classes, null_label
 
     @classmethod

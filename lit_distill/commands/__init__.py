@@ -1,0 +1,1 @@
+"""What stands behind each word of the command line (``lit_distill.main`` chooses)."""

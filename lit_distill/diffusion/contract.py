@@ -1,0 +1,229 @@
+"""The contract that every model is seen through.
+
+A denoiser takes ``x = x0 + sigma * noise`` and returns its estimate of ``x0``. Whatever a network
+predicts, and however it wants its input scaled and its time named, is settled here and nowhere
+else; solvers, losses and methods see denoisers only.
+"""
+
+import hashlib
+import json
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lit_distill.diffusion.noise_levels import karras_sigmas, rho_levels
+
+Condition = Tensor | dict[str, Tensor] | None
+"""Labels ``(B,)``, or named tensors (``label``, ``prompt_embeds``, ``to_sigma``, ...), or None."""
+
+
+class Network(Protocol):
+    """What a denoiser asks of its network: ``network(x, time, condition) -> prediction``."""
+
+    def __call__(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """Evaluate at ``x`` (B, *shape) and ``time`` (B,); the result has the shape of ``x``."""
+        ...
+
+
+def like(level: Tensor, x: Tensor) -> Tensor:
+    """View per-sample numbers ``(B,)`` so that they broadcast against ``x`` ``(B, *shape)``."""
+    return level.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+
+def labels_of(condition: Condition) -> Tensor | None:
+    """The class labels in a condition, or None if it has none."""
+    return condition.get("label") if isinstance(condition, dict) else condition
+
+
+class Denoiser(nn.Module):
+    """Estimates ``x0`` from ``x = x0 + sigma * noise``.
+
+    Attributes:
+        sigma_min: Smallest noise level that the model knows.
+        sigma_max: Largest; sampling starts there.
+        image_shape: Shape of one sample, or None where any will do.
+        num_classes: Number of classes of a conditional model, or None.
+        null_label: The label that stands for "no label", or None.
+        trained_steps: Step counts that a student was trained for; None for a teacher, whose
+            count is free.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    image_shape: tuple[int, ...] | None = None
+    num_classes: int | None = None
+    null_label: int | None = None
+    trained_steps: tuple[int, ...] | None = None
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
+        """Denoise.
+
+        Args:
+            x: ``(B, *shape)``, noisy samples.
+            sigma: ``(B,)``, their noise levels.
+            condition: Labels ``(B,)`` or named tensors.
+
+        Returns:
+            ``(B, *shape)``, the estimate of ``x0``, in the dtype of ``x``.
+        """
+        raise NotImplementedError
+
+    def start(self, noise: Tensor) -> Tensor:
+        """First state of a sampling run, at ``sigma_max``, from unit noise ``(B, *shape)``."""
+        return self.sigma_max * noise
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The model's own grid: ``(steps + 1,)`` descending levels that end at 0, float64."""
+        return karras_sigmas(steps, self.sigma_min, self.sigma_max)
+
+    def scale(self, sigma: Tensor) -> Tensor:
+        """Factor of the coordinate ``scale * x``, at time ``scale * sigma``, to step in.
+
+        Euler's steps are the same in any. Those of order 2 are not, and a flow that starts at
+        ``sigma = 1e6`` needs its own: 18 steps of Heun's method in this one end 15 too far.
+        """
+        return torch.ones_like(sigma)
+
+    def schedule(self, u: Tensor) -> Tensor:
+        """Map ``u`` in [0, 1] to noise levels, uniformly in the model's own notion of time."""
+        return rho_levels(u, self.sigma_min, self.sigma_max)
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """Weight of ``|D - x0|^2`` at ``sigma`` that makes it the network's own squared error."""
+        return 1 / sigma.double() ** 2
+
+    def null(self, condition: Condition) -> Condition:
+        """The unconditional counterpart of a condition.
+
+        Raises:
+            ValueError: If the model was not trained with a null class.
+        """
+        labels = labels_of(condition)
+        if labels is None:
+            return condition
+        if self.null_label is None:
+            raise ValueError(
+                "This model has no null class, so it cannot be guided: use guidance 1, or train "
+                "the teacher with label_dropout > 0."
+            )
+        null = torch.full_like(labels, self.null_label)
+        return {**condition, "label": null} if isinstance(condition, dict) else null
+
+    def start_from(self, sigma: float) -> None:
+        """Let sampling start at a lower noise level than the teacher's largest.
+
+        Raises:
+            ValueError: If the level is outside the range that the network knows.
+        """
+        if not self.sigma_min < sigma <= self.sigma_max:
+            raise ValueError(
+                f"generator_sigma={sigma} is outside the teacher's noise levels "
+                f"({self.sigma_min:g} to {self.sigma_max:g})."
+            )
+        self.sigma_max = sigma
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's numbers, JSON-ready; with the network they rebuild the denoiser."""
+        return {}
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the class, its settings and all weights."""
+        digest = hashlib.sha256(type(self).__name__.encode())
+        digest.update(json.dumps(self.settings(), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class NetworkDenoiser(Denoiser):
+    """A denoiser around a network; subclasses say what the network predicts.
+
+    Args:
+        network: Called as ``network(x, time, condition)``. Its attributes ``image_shape``,
+            ``num_classes`` and ``null_label`` are taken over where it has them.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.image_shape = getattr(network, "image_shape", None)
+        self.num_classes = getattr(network, "num_classes", None)
+        self.null_label = getattr(network, "null_label", None)
+
+    def predict(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """Evaluate the network in its own precision; the result comes back in that of ``x``."""
+        weight = next(self.network.parameters(), None)
+        # Under autocast the weights stay float32, and so does the state between the passes.
+        dtype = x.dtype if weight is None else weight.dtype
+        # Never in bfloat16, which cannot tell neighbouring times apart.
+        time = time.to(torch.promote_types(dtype, torch.float32))
+        return self.network(x.to(dtype), time, condition).to(x.dtype)
+
+
+class GuidedDenoiser(Denoiser):
+    """Classifier-free guidance: ``D_null + scale (D - D_null)`` (Ho & Salimans 2022).
+
+    Args:
+        denoiser: A conditional model with a null class.
+        scale: 1 = none, which costs one evaluation instead of two.
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float = 1.0) -> None:
+        super().__init__()
+        self.denoiser, self.scale = denoiser, scale
+        self.sigma_min, self.sigma_max = denoiser.sigma_min, denoiser.sigma_max
+        self.image_shape, self.num_classes = denoiser.image_shape, denoiser.num_classes
+        self.null_label, self.trained_steps = denoiser.null_label, denoiser.trained_steps
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
+        """Denoise, see :meth:`Denoiser.forward`.
+
+        Raises:
+            ValueError: If the scale is not 1 and there is nothing to guide by.
+        """
+        if self.scale == 1:
+            return self.denoiser(x, sigma, condition)
+        if condition is None:
+            raise ValueError(
+                f"guidance={self.scale} needs a condition (labels or prompts); "
+                "use guidance 1 for an unconditional model."
+            )
+        conditional = self.denoiser(x, sigma, condition)
+        unconditional = self.denoiser(x, sigma, self.denoiser.null(condition))
+        return torch.lerp(unconditional, conditional, self.scale)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """As the guided model."""
+        return self.denoiser.start(noise)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """As the guided model."""
+        return self.denoiser.sigmas(steps)
+
+    def scale(self, sigma: Tensor) -> Tensor:
+        """As the guided model."""
+        return self.denoiser.scale(sigma)
+
+    def schedule(self, u: Tensor) -> Tensor:
+        """As the guided model."""
+        return self.denoiser.schedule(u)
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """As the guided model."""
+        return self.denoiser.loss_weight(sigma)
+
+    def null(self, condition: Condition) -> Condition:
+        """As the guided model."""
+        return self.denoiser.null(condition)
+
+    def start_from(self, sigma: float) -> None:
+        """Lower the guided model's start."""
+        self.denoiser.start_from(sigma)
+        self.sigma_max = self.denoiser.sigma_max
+
+    def settings(self) -> dict[str, Any]:
+        """The scale beside the guided model's class and numbers."""
+        guided = {"denoiser": type(self.denoiser).__name__, **self.denoiser.settings()}
+        return {"scale": self.scale, **guided}

@@ -1,0 +1,42 @@
+"""What a set of generated images is worth and costs: extractors, figures, and all of them."""
+
+from lit_distill.metrics.cost import Cost, Sampler, measure_cost
+from lit_distill.metrics.evaluation import ImageSet, Measures, describe, measure
+from lit_distill.metrics.extractors import (
+    DigitsExtractor,
+    Extractor,
+    InceptionExtractor,
+    MNISTExtractor,
+)
+from lit_distill.metrics.figures import (
+    class_entropy,
+    coverage,
+    frechet_distance,
+    label_accuracy,
+    nearest_images,
+    pixel_distance,
+    recall,
+    to_uint8,
+)
+
+__all__ = [
+    "Cost",
+    "DigitsExtractor",
+    "Extractor",
+    "ImageSet",
+    "InceptionExtractor",
+    "MNISTExtractor",
+    "Measures",
+    "Sampler",
+    "class_entropy",
+    "coverage",
+    "describe",
+    "frechet_distance",
+    "label_accuracy",
+    "measure",
+    "measure_cost",
+    "nearest_images",
+    "pixel_distance",
+    "recall",
+    "to_uint8",
+]

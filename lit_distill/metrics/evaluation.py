@@ -1,0 +1,164 @@
+"""What a set of generated images is worth: all figures of it, from one pass of an extractor.
+
+A Frechet distance alone is easily fooled on small data: a copy of the training set scores better
+than a good model, and a few repeated images a class look fine. So :func:`measure` reports coverage,
+the labels and the distance to the nearest training image beside it. Real held-out images, measured
+in the same way, are the yardstick.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_distill.metrics.extractors import Extractor
+from lit_distill.metrics.figures import (
+    class_entropy,
+    coverage,
+    frechet_distance,
+    label_accuracy,
+    nearest_images,
+    pixel_distance,
+    recall,
+    subset,
+)
+
+_NEAREST_IMAGES = 2_000  # their mean is known to a hundredth, and 50,000 images are searched
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with what an extractor says of them; all on the CPU.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64, the labels asked for or given with the data; None without classes.
+        features: (N, F) float32.
+        logits: (N, K) float32; None if the extractor is no classifier of the data's labels.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    features: Tensor
+    logits: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The figures of one set of images; None where one makes no sense.
+
+    Attributes:
+        fd_teacher: Frechet distance to the teacher's samples.
+        fd_test: Frechet distance to held-out images.
+        fd_train: Frechet distance to training images.
+        coverage: Share of the held-out images that the set covers, see :func:`coverage`.
+        recall: Share of the held-out images that is within the set's reach, see :func:`recall`.
+        coverage_train: Share of the training images that it covers.
+        label_accuracy: Share of images recognised as their label, in [0, 1].
+        class_entropy: Entropy of the recognised classes over its maximum ``ln K``, in [0, 1].
+        nearest_train: Mean L2 distance to the nearest training image, pixels in [-1, 1], over at
+            most 2,000 images.
+        paired_distance: Mean L2 distance to the teacher's image from the same noise.
+    """
+
+    fd_teacher: float | None = None
+    fd_test: float | None = None
+    fd_train: float | None = None
+    coverage: float | None = None
+    recall: float | None = None
+    coverage_train: float | None = None
+    label_accuracy: float | None = None
+    class_entropy: float | None = None
+    nearest_train: float | None = None
+    paired_distance: float | None = None
+
+
+@torch.no_grad()
+def describe(
+    extractor: Extractor,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    batch_size: int = 500,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> ImageSet:
+    """Run an extractor over images.
+
+    Args:
+        extractor: It must be on ``device`` already.
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64, kept beside the images.
+        batch_size: Images per pass.
+        device: Where the extractor is.
+        progress: Show a progress bar.
+
+    Returns:
+        The images with their features and, from a classifier, logits; on the CPU.
+    """
+    features, logits = [], []
+    batches = tqdm(
+        images.split(batch_size), f"{extractor.name} features", disable=not progress, leave=False
+    )
+    for batch in batches:
+        if extractor.classifies:
+            batch_features, batch_logits = extractor.features_and_logits(batch.to(device))
+            logits.append(batch_logits.cpu())
+        else:
+            batch_features = extractor(batch.to(device))
+        features.append(batch_features.cpu())
+    return ImageSet(images, labels, torch.cat(features), torch.cat(logits) if logits else None)
+
+
+def measure(
+    samples: ImageSet,
+    *,
+    train: ImageSet | None = None,
+    test: ImageSet | None = None,
+    teacher: ImageSet | None = None,
+    paired: Tensor | None = None,
+) -> Measures:
+    """All figures of a set of images; leave a reference out to leave its figures out.
+
+    Args:
+        samples: What is judged: generated images, or real ones as the yardstick.
+        train: Training images.
+        test: Held-out images.
+        teacher: The teacher's samples from other noise than the set's own.
+        paired: (N, C, H, W) uint8, the teacher's images from the set's own noise.
+
+    Returns:
+        The figures, with None where a reference or a classifier is missing.
+    """
+    logits, labels = samples.logits, samples.labels
+
+    def distance(reference: ImageSet | None) -> float | None:
+        if reference is None:
+            return None
+        return frechet_distance(reference.features, samples.features)
+
+    def covered(reference: ImageSet | None) -> float | None:
+        return None if reference is None else coverage(reference.features, samples.features)
+
+    def nearest(pool: ImageSet | None) -> float | None:
+        if pool is None:
+            return None
+        images = subset(samples.images, _NEAREST_IMAGES)
+        return float(nearest_images(images, pool.images)[0].double().mean())
+
+    return Measures(
+        fd_teacher=distance(teacher),
+        fd_test=distance(test),
+        fd_train=distance(train),
+        coverage=covered(test),
+        recall=None if test is None else recall(test.features, samples.features),
+        coverage_train=covered(train),
+        label_accuracy=None if logits is None or labels is None else label_accuracy(logits, labels),
+        class_entropy=None if logits is None else class_entropy(logits),
+        nearest_train=nearest(train),
+        paired_distance=None if paired is None else pixel_distance(samples.images, paired),
+    )

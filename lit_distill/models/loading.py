@@ -1,0 +1,212 @@
+"""Denoisers from folders of diffusers' own format, made here or elsewhere.
+
+The scheduler's configuration says what the network predicts; ``lit_distill.json``, where a folder
+has it, says more.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import SchedulerMixin, UNet2DModel
+
+from lit_distill.diffusion import (
+    ConsistencyDenoiser,
+    EDMDenoiser,
+    EpsilonDenoiser,
+    FlowDenoiser,
+    NetworkDenoiser,
+    VelocityDenoiser,
+)
+from lit_distill.models.networks import UNet
+from lit_distill.models.saving import FORMAT, SIDECAR
+
+_CLASSES: dict[str, type[NetworkDenoiser]] = {
+    cls.__name__: cls
+    for cls in (EDMDenoiser, EpsilonDenoiser, VelocityDenoiser, FlowDenoiser, ConsistencyDenoiser)
+}
+_TABLE_CLASSES = {"epsilon": EpsilonDenoiser, "v_prediction": VelocityDenoiser}
+
+
+def load_denoiser(path_or_hub_id: str | Path) -> NetworkDenoiser:
+    """Read a denoiser from a diffusers folder or from the hub.
+
+    Args:
+        path_or_hub_id: A local folder, or a hub id such as ``google/ddpm-cifar10-32``.
+
+    Returns:
+        The denoiser, float32, in eval mode.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or the hub cannot be reached.
+        ValueError: If the folder holds no network and scheduler that this project knows.
+    """
+    folder = _local_folder(path_or_hub_id)
+    unet_folder = _component(folder, "unet", "config.json")
+    class_name = _read_json(unet_folder / "config.json").get("_class_name")
+    if class_name != "UNet2DModel":
+        raise ValueError(
+            f"The network in {unet_folder} is a {class_name}; UNet2DModel is what can be loaded."
+        )
+    unet = _load_unet(unet_folder)
+    sidecar_file = folder / SIDECAR
+    if sidecar_file.is_file():
+        denoiser = _from_sidecar(unet, _read_json(sidecar_file), sidecar_file)
+    else:
+        denoiser = _from_scheduler(unet, _component(folder, "scheduler", "scheduler_config.json"))
+    return denoiser.eval()
+
+
+def _local_folder(path_or_hub_id: str | Path) -> Path:
+    """The folder itself, or a snapshot of the hub's."""
+    folder, name = Path(path_or_hub_id), str(path_or_hub_id)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(
+                f"{folder} is not a diffusers folder: it has no model_index.json. Give the folder "
+                "that a pipeline was saved to, for example runs/digits/teacher/pipeline."
+            )
+        return folder
+    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "runs/"))
+    if not looks_like_hub_id:
+        raise FileNotFoundError(
+            f"There is no folder {name}. Train a teacher first (lit-distill fit --config "
+            "configs/digits/teacher.yaml), or name another folder or a hub id."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Not all of a repository: beside them may lie gigabytes of other components.
+        wanted = ["model_index.json", SIDECAR, "unet/*", "scheduler/*"]
+        old_layout = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.*"]
+        return Path(snapshot_download(name, allow_patterns=wanted + old_layout))
+    except Exception as error:  # the client raises errors of many kinds without a common base
+        raise FileNotFoundError(
+            f"There is no local folder {name}, and it could not be fetched from the hub "
+            f"({type(error).__name__}). Download it where there is a network and give the folder."
+        ) from error
+
+
+def _load_unet(folder: Path) -> UNet2DModel:
+    """The network with all its weights."""
+    try:
+        unet, report = UNet2DModel.from_pretrained(folder, output_loading_info=True)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"The network's weights in {folder} cannot be read ({error}). Export or download "
+            "the folder again."
+        ) from error
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"The network in {folder} does not fit its config.json ({error}). Export or download "
+            "the folder again."
+        ) from error
+    if report["missing_keys"]:  # diffusers would go on with random numbers
+        raise ValueError(
+            f"The network's weights in {folder} lack {', '.join(report['missing_keys'][:3])}: "
+            "export or download the folder again."
+        )
+    if unet.config.out_channels != unet.config.in_channels:
+        raise ValueError(
+            f"The network in {folder} has {unet.config.in_channels} channels of input and "
+            f"{unet.config.out_channels} of output: one that learned its variance cannot be used."
+        )
+    return unet
+
+
+def _component(folder: Path, name: str, config: str) -> Path:
+    """A component's folder; old hub repositories keep their files at the root."""
+    for candidate in (folder / name, folder):
+        if (candidate / config).is_file():
+            return candidate
+    raise ValueError(
+        f"{folder} has no {name}/{config}: a diffusion model needs a unet/ and a scheduler/."
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({error}). Export the folder again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged (it holds no object). Export the folder again.")
+    return content
+
+
+def _from_sidecar(unet: UNet2DModel, sidecar: dict[str, Any], file: Path) -> NetworkDenoiser:
+    """Build what ``lit_distill.json`` describes."""
+    if sidecar.get("format") != FORMAT:
+        raise ValueError(
+            f"{file} has the format {sidecar.get('format')!r}, and this version of lit_distill "
+            f"reads {FORMAT}: update it, or export the folder again."
+        )
+    name = sidecar.get("denoiser")
+    if name not in _CLASSES:
+        raise ValueError(f"{file} names the denoiser {name!r}; known are {', '.join(_CLASSES)}.")
+    network = UNet.wrap(unet, sidecar.get("num_classes"), sidecar.get("null_label"))
+    try:
+        denoiser = _CLASSES[name](network, **sidecar.get("settings", {}))
+    except TypeError as error:
+        raise ValueError(f"{file} is no description of a {name} ({error}).") from error
+    steps = sidecar.get("steps")
+    denoiser.trained_steps = None if steps is None else tuple(steps)
+    return denoiser
+
+
+def _from_scheduler(unet: UNet2DModel, folder: Path) -> NetworkDenoiser:
+    """Build what a foreign scheduler's configuration describes."""
+    scheduler, network = _scheduler(folder), UNet.wrap(unet)
+    config, name = scheduler.config, type(scheduler).__name__
+    if any(config.get(key) for key in ("clip_sample", "clip_denoised", "thresholding")):
+        warnings.warn(
+            f"The scheduler in {folder} clips its estimates of x0. Here they are not clipped, so "
+            "that samples differ slightly from that pipeline's.",
+            stacklevel=3,
+        )
+    levels = {k: config[k] for k in ("sigma_min", "sigma_max", "sigma_data") if k in config}
+    if name == "FlowMatchEulerDiscreteScheduler":
+        _expect(scheduler, folder, "num_train_timesteps", 1000)
+        return FlowDenoiser(network)
+    if name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
+        _expect(scheduler, folder, "prediction_type", "epsilon")
+        return EDMDenoiser(network, **levels, time_scale=1.0)
+    if name == "CMStochasticIterativeScheduler":
+        return ConsistencyDenoiser(network, **levels, num_timesteps=config.num_train_timesteps)
+    if not hasattr(scheduler, "betas") or not hasattr(scheduler, "alphas_cumprod"):
+        raise _unknown(name, folder)
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in _TABLE_CLASSES:
+        raise ValueError(
+            f"The scheduler in {folder} says prediction_type={prediction!r}; "
+            f"{', '.join(_TABLE_CLASSES)} are known."
+        )
+    return _TABLE_CLASSES[prediction](network, betas=scheduler.betas)
+
+
+def _scheduler(folder: Path) -> Any:
+    """The scheduler in a folder, with defaults for what its configuration leaves out."""
+    config = _read_json(folder / "scheduler_config.json")
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    if not known:
+        raise _unknown(config.get("_class_name"), folder)
+    return kind.from_config(config)
+
+
+def _unknown(name: Any, folder: Path) -> ValueError:
+    return ValueError(
+        f"The scheduler {name or '(none)'} in {folder} is none that says what the network "
+        "predicts; DDPM, DDIM, EDM, consistency and flow-matching schedulers do."
+    )
+
+
+def _expect(scheduler: Any, folder: Path, key: str, value: Any) -> None:
+    """Refuse a network that is asked otherwise than its denoiser would."""
+    if scheduler.config.get(key, value) != value:
+        raise ValueError(
+            f"The {type(scheduler).__name__} in {folder} says {key}={scheduler.config[key]!r}; "
+            f"{value!r} is what can be loaded."
+        )
