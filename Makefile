@@ -12,7 +12,6 @@ STAMP := $(VENV)/.installed
 # Where the demo runs, and its seed: make demo SEED=1 RUNS=runs/digits-1
 RUNS ?= runs/digits
 SEED ?= 0
-RUN = $(BIN)/lit-distill
 LIT := $(BIN)/lit-distill
 
 .PHONY: help demo test test-full lint clean
@@ -33,54 +32,35 @@ $(STAMP): pyproject.toml constraints.txt
 		$(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Every stage stands in its own folder and is made once; a demo that was stopped goes on where it was.
-TEACHER := $(RUNS)/teacher/pipeline/model_index.json
-PAIRS := $(RUNS)/pairs/.complete
-STUDENT := $(RUNS)/dmd/pipeline/model_index.json
+# Each stage is skipped once it is done, and goes on where it stopped: pairs at the next missing
+# shard, training at its last checkpoint.
+TEACHER := $(RUNS)/teacher/pipeline
+STUDENT := $(RUNS)/dmd/pipeline
 METRICS := $(RUNS)/dmd/metrics.json
+DISTILL = --config configs/digits/dmd.yaml --trainer.default_root_dir $(RUNS)/dmd \
+	--model.init_args.teacher $(TEACHER) --data.init_args.folder $(RUNS)/pairs
 
 demo: $(METRICS)
 	@$(BIN)/python -c "import json; from lit_distill.callbacks.report import format_table; \
 		print(format_table(json.load(open('$(METRICS)')), 'digits'))"
 	@echo
-	@echo "Picture:  $(RUNS)/dmd/comparison.png"
-	@echo "Samples:  $(LIT) sample $(RUNS)/dmd/pipeline --num-images 100 --out digits.png"
-	@echo "Curves:   $(BIN)/tensorboard --logdir $(RUNS)"
-
-$(TEACHER): | $(STAMP)
-	$(LIT) fit --config configs/digits/teacher.yaml --ckpt_path last
-
-$(PAIRS): | $(TEACHER)
-	$(LIT) predict --config configs/digits/pairs.yaml
-	@touch $@
-
-$(STUDENT): | $(PAIRS)
-	$(LIT) fit --config configs/digits/dmd.yaml --ckpt_path last
-
-$(METRICS): | $(STUDENT)
-	$(LIT) test --config configs/digits/dmd.yaml
-
-# Each stage is skipped once it is done, and goes on where it stopped: pairs at the next missing
-# shard, training at its last checkpoint. `make demo` a second time measures and draws only.
-demo: $(RUNS)/dmd/pipeline/model_index.json
-	$(RUN) test --config configs/digits/dmd.yaml --trainer.default_root_dir $(RUNS)/dmd \
-		--model.init_args.teacher $(RUNS)/teacher/pipeline --data.init_args.folder $(RUNS)/pairs
-	@echo
 	@echo "Picture:      $(RUNS)/dmd/comparison.png"
-	@echo "Numbers:      $(RUNS)/dmd/metrics.json"
-	@echo "Student:      $(RUNS)/dmd/pipeline (opens in stock diffusers, see README.md)"
+	@echo "Numbers:      $(METRICS)"
+	@echo "Student:      $(STUDENT) (opens in stock diffusers, see README.md)"
+	@echo "More images:  $(LIT) sample $(STUDENT) --num-images 100 --out digits.png"
 	@echo "TensorBoard:  $(BIN)/tensorboard --logdir $(RUNS)"
 
-$(RUNS)/teacher/pipeline/model_index.json: | $(STAMP)
-	$(RUN) fit --config configs/digits/teacher.yaml --seed_everything $(SEED) --ckpt_path last \
+$(TEACHER)/model_index.json: | $(STAMP)
+	$(LIT) fit --config configs/digits/teacher.yaml --seed_everything $(SEED) --ckpt_path last \
 		--trainer.default_root_dir $(RUNS)/teacher
 
-$(RUNS)/dmd/pipeline/model_index.json: $(RUNS)/teacher/pipeline/model_index.json
-	$(RUN) predict --config configs/digits/pairs.yaml --trainer.default_root_dir $(RUNS)/pairs \
-		--model.init_args.denoiser $(RUNS)/teacher/pipeline
-	$(RUN) fit --config configs/digits/dmd.yaml --seed_everything $(SEED) --ckpt_path last \
-		--trainer.default_root_dir $(RUNS)/dmd \
-		--model.init_args.teacher $(RUNS)/teacher/pipeline --data.init_args.folder $(RUNS)/pairs
+$(STUDENT)/model_index.json: | $(TEACHER)/model_index.json
+	$(LIT) predict --config configs/digits/pairs.yaml --trainer.default_root_dir $(RUNS)/pairs \
+		--model.init_args.denoiser $(TEACHER)
+	$(LIT) fit $(DISTILL) --seed_everything $(SEED) --ckpt_path last
+
+$(METRICS): | $(STUDENT)/model_index.json
+	$(LIT) test $(DISTILL)
 
 # One worker a core, one thread a worker: threads that compete are slower than no threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4

@@ -1,19 +1,21 @@
 """What a test compares: the student and its teacher, each at some numbers of steps."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lit_distill.callbacks.references import References
 from lit_distill.callbacks.sampling import (
     Draw,
     GenerativeModule,
+    in_precision,
     module_sampler,
     teacher_sampler,
 )
-from lit_distill.metrics.cost import Cost, Sampler
+from lit_distill.metrics.cost import Cost, Sampler, measure_cost
 from lit_distill.metrics.figures import nearest_images, to_uint8
 
 
@@ -89,6 +91,22 @@ def module_candidates(
         )
         for count in steps
     ]
+
+
+def cost_of(candidate: Candidate, references: References, batch_sizes: tuple[int, ...]) -> Cost:
+    """Cost of a candidate on the trainer's device: of the first process, while the others wait."""
+    trainer = references.trainer
+    cost: Cost | None = None
+    if trainer.is_global_zero:
+        cost = measure_cost(
+            in_precision(trainer, candidate.sampler),
+            candidate.watched,
+            references.data.image_shape,
+            references.num_classes,
+            device=trainer.strategy.root_device,
+            batch_sizes=batch_sizes,
+        )
+    return cast(Cost, trainer.strategy.broadcast(cost))
 
 
 @torch.no_grad()

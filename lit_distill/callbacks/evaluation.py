@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_distill.callbacks.candidates import (
     Candidate,
     comparison_strip,
+    cost_of,
     module_candidates,
     teacher_candidates,
 )
@@ -24,7 +25,7 @@ from lit_distill.callbacks.sampling import (
     module_sampler,
 )
 from lit_distill.diffusion import Denoiser
-from lit_distill.metrics.cost import Cost, measure_cost
+from lit_distill.metrics.cost import Cost
 from lit_distill.metrics.evaluation import ImageSet, Measures, measure
 from lit_distill.metrics.extractors import Extractor
 from lit_distill.metrics.figures import coverage, frechet_distance, label_accuracy
@@ -166,7 +167,7 @@ class Evaluation(Callback):
             *teacher_candidates(module, self.teacher_solver, self.teacher_steps),
             *module_candidates(module, pl_module, self.steps),
         ]
-        costs = [self._cost(trainer, references, candidate) for candidate in candidates]
+        costs = [cost_of(candidate, references, self.batch_sizes) for candidate in candidates]
         made: list[Row] = [
             {
                 **candidate.row(),
@@ -249,20 +250,6 @@ class Evaluation(Callback):
         draw_rows(strip, folder / "comparison.png", _PICTURE_COLUMNS, title)
         print(f"\n{format_table(self.rows, self.extractor.name)}")
         print(f"Numbers: {folder / 'metrics.json'}\nPicture: {folder / 'comparison.png'}\n")
-
-    def _cost(self, trainer: Trainer, references: References, candidate: Candidate) -> Cost:
-        """Cost on the first process, while the others wait."""
-        cost: Cost | None = None
-        if trainer.is_global_zero:
-            cost = measure_cost(
-                candidate.sampler,
-                candidate.watched,
-                references.data.image_shape,
-                references.num_classes,
-                device=trainer.strategy.root_device,
-                batch_sizes=self.batch_sizes,
-            )
-        return cast(Cost, trainer.strategy.broadcast(cost))
 
     def _at_best(self, references: References, teacher: Denoiser, draw: Draw) -> ImageSet:
         """The teacher's images by its best solver."""

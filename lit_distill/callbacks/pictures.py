@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 _INCHES = 0.55  # edge of one image
-_CAPTION = 2.2  # width of the column of captions, inches
+_CAPTION = 1.7  # width of the column of captions, inches
 
 
 def tile(images: Tensor, columns: int) -> Tensor:

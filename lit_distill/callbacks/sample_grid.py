@@ -31,7 +31,7 @@ class SampleGrid(Callback):
     """
 
     def __init__(
-        self, num_images: int = 40, every_n_steps: int = 500, seed: int = 0, columns: int = 10
+        self, num_images: int = 20, every_n_steps: int = 500, seed: int = 0, columns: int = 10
     ) -> None:
         if min(num_images, every_n_steps, columns) < 1:
             raise ValueError(

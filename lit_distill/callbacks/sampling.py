@@ -87,12 +87,23 @@ class Draw:
         return noise, labels_at(indices, self.num_classes)
 
 
+def in_precision(trainer: Trainer, sampler: Sampler) -> Sampler:
+    """The same sampler in the trainer's precision; float32 comes out."""
+
+    def run(noise: Tensor, condition: Condition) -> Tensor:
+        # Around the networks only: "bf16-true" would draw the noise itself in bfloat16.
+        with trainer.precision_plugin.forward_context():
+            return sampler(noise, condition).float()
+
+    return run
+
+
 @torch.no_grad()
 def draw_images(trainer: Trainer, sampler: Sampler, draw: Draw, title: str) -> Tensor:
     """Sample a set of images, shared over the trainer's processes.
 
-    Sampling runs in the networks' own precision, outside the trainer's autocast. The global random
-    state, which a stochastic sampler may use, is seeded for each batch and left as it was found.
+    Sampling runs in the trainer's precision. The global random state, which a stochastic sampler
+    may use, is seeded for each batch and left as it was found.
 
     Args:
         trainer: Its processes each make their share of the batches; all receive all images.
@@ -109,11 +120,12 @@ def draw_images(trainer: Trainer, sampler: Sampler, draw: Draw, title: str) -> T
     device = trainer.strategy.root_device
     images = torch.zeros((draw.count, *draw.shape), dtype=torch.uint8)
     firsts = range(0, draw.count, draw.batch_size)[trainer.global_rank :: trainer.world_size]
+    run = in_precision(trainer, sampler)
     with isolate_rng():
         for first in tqdm(firsts, title, disable=not trainer.is_global_zero, leave=False):
             noise, labels = draw.batch(first)
             torch.manual_seed(draw.seed + first)
-            made = sampler(noise.to(device), None if labels is None else labels.to(device))
+            made = run(noise.to(device), None if labels is None else labels.to(device))
             if not made.isfinite().all():
                 raise ValueError(
                     f"There are NaN or infinite values among the images of '{title}': the model "
@@ -155,6 +167,7 @@ def teacher_images(
         "teacher": teacher.fingerprint(),
         "solver": solver,
         "steps": steps,
+        "precision": str(trainer.precision),
         **{name: getattr(draw, name) for name in ("num_classes", "count", "seed", "batch_size")},
         "shape": list(draw.shape),
     }

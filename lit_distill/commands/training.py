@@ -206,6 +206,7 @@ def _hush() -> None:
         r"Found \d+ module\(s\) in eval mode",  # the teacher and the average, on purpose
         r"Using ModelCheckpoint with manual optimization",  # it asks for weights from before a step
         r"Checkpoint directory .* exists and is not empty",  # a run that goes on
+        r"The number of training batches .* is smaller than the logging interval",  # steps count
     ):
         warnings.filterwarnings("ignore", message)
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")

@@ -77,7 +77,7 @@ class Denoiser(nn.Module):
         """The model's own grid: ``(steps + 1,)`` descending levels that end at 0, float64."""
         return karras_sigmas(steps, self.sigma_min, self.sigma_max)
 
-    def scale(self, sigma: Tensor) -> Tensor:
+    def signal_scale(self, sigma: Tensor) -> Tensor:
         """Factor of the coordinate ``scale * x``, at time ``scale * sigma``, to step in.
 
         Euler's steps are the same in any. Those of order 2 are not, and a flow that starts at
@@ -202,9 +202,9 @@ class GuidedDenoiser(Denoiser):
         """As the guided model."""
         return self.denoiser.sigmas(steps)
 
-    def scale(self, sigma: Tensor) -> Tensor:
+    def signal_scale(self, sigma: Tensor) -> Tensor:
         """As the guided model."""
-        return self.denoiser.scale(sigma)
+        return self.denoiser.signal_scale(sigma)
 
     def schedule(self, u: Tensor) -> Tensor:
         """As the guided model."""

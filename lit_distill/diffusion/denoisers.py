@@ -244,7 +244,7 @@ class FlowDenoiser(NetworkDenoiser):
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`."""
-        scaled = x * like(self.scale(sigma), x)
+        scaled = x * like(self.signal_scale(sigma), x)
         t = self.time(sigma)
         return scaled - like(t, x) * self.predict(scaled, 1000 * t, condition)
 
@@ -252,7 +252,7 @@ class FlowDenoiser(NetworkDenoiser):
         """The network's first input is the noise itself, as in a stock pipeline at ``t = 1``."""
         return (1 + self.sigma_max) * noise
 
-    def scale(self, sigma: Tensor) -> Tensor:
+    def signal_scale(self, sigma: Tensor) -> Tensor:
         """``1 - t``: the straight path is the variance-exploding one times this."""
         return 1 / (1 + sigma.double())
 

@@ -83,12 +83,11 @@ class GaussianMixtureDenoiser(Denoiser):
         sigma_max: float = 80.0,
     ) -> None:
         super().__init__()
-        if weights is None:
-            weights = torch.ones(len(means))
+        shares = means.new_ones(len(means)) if weights is None else weights.to(means)
         self.register_buffer("means", means)
-        variance = torch.as_tensor(std, dtype=means.dtype) ** 2
+        variance = torch.as_tensor(std, dtype=means.dtype, device=means.device) ** 2
         self.register_buffer("variance", variance.expand(len(means)).clone())
-        self.register_buffer("log_weights", (weights / weights.sum()).log().to(means.dtype))
+        self.register_buffer("log_weights", (shares / shares.sum()).log())
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.image_shape = tuple(means.shape[1:])
 

@@ -75,7 +75,7 @@ def heun(
 ) -> Tensor:
     """Heun's method (Karras et al. 2022, Algorithm 1) of order 2; a step to 0 is Euler's.
 
-    It steps in the denoiser's own coordinate, see :meth:`Denoiser.scale`.
+    It steps in the denoiser's own coordinate, see :meth:`Denoiser.signal_scale`.
     """
     for i, (sigma, to_sigma) in enumerate(pairwise(sigmas)):
         x0 = denoiser(x, sigma, condition)
@@ -86,7 +86,7 @@ def heun(
         # Looked at on the last step only: on a GPU the look waits for all work before it.
         if i < len(sigmas) - 2 or not bool(ends.all()):
             level = torch.where(ends, sigma, to_sigma)  # any level that is not 0 will do
-            scale, scale_ahead = denoiser.scale(sigma), denoiser.scale(level)
+            scale, scale_ahead = denoiser.signal_scale(sigma), denoiser.signal_scale(level)
             time, time_ahead = scale * sigma, scale_ahead * level
             slope = (like(scale, x) * x - x0) / like(time, x)
             x0_ahead = denoiser(ahead, level, condition)
@@ -204,7 +204,7 @@ def consistency_sampling(
     sigmas: Tensor,
     *,
     condition: Condition = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
     """Stochastic multistep sampling of consistency models (Song et al. 2023, Algorithm 1).
 
@@ -215,7 +215,8 @@ def consistency_sampling(
         x: ``(B, *shape)``, the state at ``sigmas[0]``.
         sigmas: ``(S,)`` descending levels at which the model is asked; a final 0 is ignored.
         condition: Passed to the denoiser.
-        generator: Source of the added noise.
+        generator: Source of the added noise; a list has one for each sample, so that they do not
+            depend on their batch.
 
     Returns:
         ``(B, *shape)``, samples in the data's range.
@@ -224,11 +225,20 @@ def consistency_sampling(
     check_steps(len(levels))
     for i, level in enumerate(levels):
         if i > 0:
-            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
             spread = (level**2 - denoiser.sigma_min**2).clamp_min(0).sqrt()
-            x = x + float(spread) * noise
+            x = x + float(spread) * _noise_like(x, generator)
         x = denoiser(x, level.to(x.device).expand(len(x)), condition)
     return x
+
+
+def _noise_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """Unit noise, drawn where the generator lives, as diffusers' pipelines do."""
+    if isinstance(generator, list):
+        rows = zip(x.split(1), generator, strict=True)
+        return torch.cat([_noise_like(row, own) for row, own in rows])
+    device = x.device if generator is None else generator.device
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device)
+    return noise.to(x.device)
 
 
 class EvaluationCounter:

@@ -125,11 +125,12 @@ class LPIPS(Distance):
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
             model.net.load_state_dict({key: state[name] for key, name in names.items()})
-        # damaged, not a state_dict, another network's names, another's shapes
-        except (UnpicklingError, EOFError, KeyError, TypeError, RuntimeError) as error:
+        # damaged or empty, no state_dict, the names or the shapes of another network
+        except (UnpicklingError, LookupError, EOFError, TypeError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"{weights}, the option `weights` of LPIPS, is not torchvision's "
-                f"{self._FILES[net]} ({type(error).__name__}: {str(error).splitlines()[0]})."
+                f"{self._FILES[net]} ({type(error).__name__} {reason})."
             ) from error
         return model
 

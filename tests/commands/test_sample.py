@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ended import Command
+from PIL import Image
+from small_teacher import export
+
+from lit_distill.diffusion import GuidedDenoiser, sample, seeded_noise
+from lit_distill.models import load_denoiser
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exported")
+    return {
+        "teacher": export(root / "teacher"),
+        "student": export(root / "student", steps=(1,)),
+        "unconditional": export(root / "unconditional", classes=None),
+    }
+
+
+def drawn(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+@torch.no_grad()
+def test_arrays_are_the_samples_of_the_seeds(command: Command, folders: dict[str, Path]) -> None:
+    options = ("--num-images", 5, "--seed", 3, "--steps", 2, "--labels", "7,1", "--guidance", 2)
+    ended = command("sample", folders["teacher"], *options, "--out", "a/x.npz")
+    assert ended.status == 0, ended.err
+    arrays = drawn(Path("a/x.npz"))
+    assert arrays["labels"].tolist() == [7, 1, 7, 1, 7]
+    assert arrays["seeds"].tolist() == [3, 4, 5, 6, 7]
+    model = GuidedDenoiser(load_denoiser(folders["teacher"]), 2.0)
+    noise = seeded_noise((1, 8, 8), arrays["seeds"])
+    labels = torch.tensor(arrays["labels"])
+    expected = sample(model, noise, steps=2, solver="heun", condition=labels)
+    assert arrays["images"].dtype == np.float32
+    assert arrays["images"].shape == (5, 8, 8, 1)
+    found = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), atol=1e-6, rtol=0)
+    assert expected.abs().max() > 0.1  # the comparison is of images, not of grey
+    assert "NFE 6" in ended.out  # Heun: 3 evaluations for 2 steps, and guidance doubles them
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_in(
+    command: Command, folders: dict[str, Path]
+) -> None:
+    for size, out in [(7, "whole.npz"), (3, "parts.npz")]:
+        options = ("--num-images", 7, "--steps", 2, "--batch-size", size)
+        assert command("sample", folders["teacher"], *options, "--out", out).status == 0
+    whole, parts = drawn(Path("whole.npz")), drawn(Path("parts.npz"))
+    np.testing.assert_allclose(whole["images"], parts["images"], atol=1e-6)
+    assert whole["labels"].tolist() == list(range(7))
+
+
+def test_a_student_jumps_as_it_was_trained(command: Command, folders: dict[str, Path]) -> None:
+    ended = command("sample", folders["student"], "--num-images", 2, "--out", "x.npz")
+    assert "by 1 step (euler), NFE 1," in ended.out
+    ended = command("sample", folders["student"], "--num-images", 2, "--steps", 2)
+    assert "trained for 1 step(s), not for 2" in ended.out
+
+
+def test_a_teacher_takes_heun_with_35_evaluations(
+    command: Command, folders: dict[str, Path]
+) -> None:
+    ended = command("sample", folders["unconditional"], "--num-images", 1, "--out", "x.npz")
+    assert "by 18 steps (heun), NFE 35," in ended.out
+    assert "labels" not in drawn(Path("x.npz"))
+
+
+def test_a_grid_has_a_column_for_each_class_and_large_pixels(
+    command: Command, folders: dict[str, Path]
+) -> None:
+    options = ("--num-images", 8, "--labels", "0,1,2")
+    assert command("sample", folders["student"], *options, "--out", "x.png").status == 0
+    picture = Image.open("x.png")
+    assert picture.mode == "L"
+    assert picture.size == ((3 * 9 - 1) * 7, (3 * 9 - 1) * 7)  # 3 columns, 3 rows, gaps of 1
+    pixels = np.asarray(picture)
+    assert (pixels[-56:, -56:] == 255).all()  # the ninth place is empty
+    assert (pixels[:7, :7] == pixels[0, 0]).all()  # nearest neighbour
+    assert pixels[:56, :56].std() > 0
+
+
+def test_nothing_but_the_file_is_written(command: Command, folders: dict[str, Path]) -> None:
+    command("sample", folders["student"], "--num-images", 1, "--out", "x.png")
+    assert [path.name for path in Path().iterdir()] == ["x.png"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        ("student", ["--out", "x.jpg"], "--out x.jpg: the name must end in .png"),
+        ("student", ["--steps", "0"], "--steps 0: it must be at least 1"),
+        ("student", ["--num-images", "0"], "--num-images 0: it must be at least 1"),
+        ("student", ["--batch-size", "0"], "--batch-size 0: it must be at least 1"),
+        ("student", ["--seed", "-1"], "--seed -1: it must not be negative"),
+        ("student", ["--labels", "10"], "this model has the classes 0 to 9"),
+        ("student", ["--labels", "one"], "--labels one: give numbers"),
+        ("student", ["--device", "nonsense"], "--device nonsense: it cannot be used here"),
+        ("unconditional", ["--labels", "all"], "this model is unconditional"),
+        ("unconditional", ["--guidance", "2"], "this model is unconditional"),
+        ("nowhere/at/all", [], "There is no folder nowhere/at/all"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    command: Command, folders: dict[str, Path], model: str, options: list[str], words: str
+) -> None:
+    ended = command("sample", folders.get(model, model), *options)
+    assert ended.status == 1
+    assert words in ended.error
+    assert not list(Path().glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["f", "--bogus"], ["f", "--solver", "rk4"], ["f", "--steps", "x"]]
+)
+def test_a_wrong_command_line_ends_with_2(command: Command, options: list[str]) -> None:
+    ended = command("sample", *options)
+    assert ended.status == 2
+    assert ended.error.startswith("lit-distill: error: ")
+
+
+def test_help(command: Command) -> None:
+    ended = command("sample", "--help")
+    assert ended.status == 0
+    assert "--guidance" in ended.out

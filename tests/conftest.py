@@ -1,0 +1,40 @@
+"""What all tests share: a command line as users call it, on a machine with few cores."""
+
+import lit_distill  # isort: skip  (before all else: it lets torchvision be imported)
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ended import Command, Ended
+
+from lit_distill.main import main
+
+torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """``command("fit", "--config", ...)`` runs ``lit-distill fit --config ...`` in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    # Set first, so that what Lightning leaves in the environment is taken back.
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("LIT_DISTILL_DEBUG", raising=False)
+
+    def run(*args: object) -> Ended:
+        capsys.readouterr()
+        status = main([str(arg) for arg in args])
+        return Ended(status, *capsys.readouterr())
+
+    with torch.random.fork_rng():
+        yield run
+
+
+@pytest.fixture
+def version() -> str:
+    """The installed version."""
+    return lit_distill.__version__

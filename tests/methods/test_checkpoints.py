@@ -1,0 +1,121 @@
+"""What checkpoints hold and leave out, for every method, and that bad weights never reach one."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import METHODS, Digits, Disturb, dmd_module, trainer, write_config
+
+from lit_distill.diffusion import seeded_noise
+from lit_distill.main import main
+from lit_distill.models import load_denoiser
+
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def samples(module):
+    return module.generate(seeded_noise((1, 8, 8), range(6)), torch.arange(6))
+
+
+@every_method
+def test_round_trip_of_a_command_line_run(method, tmp_path, world):
+    export = {"class_path": "lit_distill.callbacks.ExportPipeline"}
+    options = {"max_steps": 3, "callbacks": [export]}
+    config = write_config(tmp_path / "run.yaml", tmp_path / "run", method, world, **options)
+    assert main(["fit", "--config", str(config)]) == 0
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    kind = type(METHODS[method].make())
+    module = kind.load_from_checkpoint(path, weights_only=True)
+    assert module.ema_decay == 0.999 and int(module.ema.n_averaged) == 3
+    exported = load_denoiser(tmp_path / "run" / "pipeline")
+    assert exported.fingerprint() == module.network.fingerprint()
+    assert exported.fingerprint() != load_denoiser(world / "teacher").fingerprint()
+    again = kind.load_from_checkpoint(path, weights_only=True)
+    assert torch.equal(samples(module), samples(again))
+    if module.teacher is not None:
+        expected = load_denoiser(world / "teacher").fingerprint()
+        assert module.teacher.fingerprint() == expected
+
+
+@every_method
+def test_round_trip_of_objects_without_the_frozen_weights(method, tmp_path):
+    module = METHODS[method].make()
+    run = trainer(tmp_path, max_steps=3)
+    run.fit(module, Digits())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    other = METHODS[method].make()
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    other.load_state_dict(checkpoint["state_dict"])
+    assert torch.equal(samples(module), samples(other))
+    held = list(checkpoint["state_dict"].values())
+    for name in module.frozen_modules():
+        part = getattr(module, name, None)
+        frozen = [] if part is None else [p for p in part.parameters() if p.numel() > 1]
+        assert not any(a.shape == b.shape and torch.equal(a, b) for a in frozen for b in held)
+    del checkpoint["state_dict"]["student.network.unet.conv_in.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*student.network.unet.conv_in.weight"):
+        METHODS[method].make().load_state_dict(checkpoint["state_dict"])
+
+
+@every_method
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(method, tmp_path):
+    saver = ModelCheckpoint(tmp_path, "last", every_n_train_steps=3)
+    run = trainer(tmp_path, saver, max_steps=40, enable_checkpointing=True)
+    with pytest.raises(FloatingPointError, match=r"loss is not finite near step 6.*ckpt_path last"):
+        run.fit(METHODS[method].make(), Broken(from_step=4))
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 3
+    assert all(value.isfinite().all() for value in kept["state_dict"].values())
+
+
+@every_method
+def test_a_loss_that_is_not_finite_stops_a_run_without_checkpoints(method, tmp_path):
+    """In the end at the latest: what is exported then is not made of it."""
+    with pytest.raises(FloatingPointError, match="loss is not finite"):
+        trainer(tmp_path, max_steps=3).fit(METHODS[method].make(), Broken(from_step=2))
+    with pytest.raises(FloatingPointError, match="loss is not finite"):
+        trainer(tmp_path, max_steps=200).fit(METHODS[method].make(), Broken(from_step=0))
+
+
+@every_method
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(method, tmp_path):
+    module = METHODS[method].make()
+    parameter = next(module.student.parameters())
+    parameter.register_hook(
+        lambda gradient: gradient * float("nan" if module.global_step == 5 else 1)
+    )
+    saver = ModelCheckpoint(tmp_path, "last", every_n_train_steps=3)
+    run = trainer(tmp_path, saver, max_steps=40, enable_checkpointing=True)
+    with pytest.raises(FloatingPointError, match=r"(weights are|loss is) not finite near step 6"):
+        run.fit(module, Digits())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+class Broken(Digits):
+    """Images turn to NaN at some step."""
+
+    def __init__(self, from_step: int) -> None:
+        super().__init__()
+        self.from_step = from_step
+
+    def on_after_batch_transfer(self, batch, _):
+        if self.trainer.global_step >= self.from_step:
+            batch["image"] = batch["image"] * float("nan")
+            batch["noise"] = batch["noise"] * float("nan")
+        return batch
+
+
+@pytest.mark.parametrize(("guidance", "calls"), [(1.0, 1), (2.0, 2)])
+def test_the_teacher_evaluations_of_training_are_counted_over_restarts(tmp_path, guidance, calls):
+    def run(module, steps, path=None):
+        saver = trainer(tmp_path, Disturb(), max_steps=steps)
+        saver.fit(module, Digits(), ckpt_path=path)
+        return saver
+
+    module = dmd_module(guidance=guidance, accumulate=2)
+    run(module, 3).save_checkpoint(tmp_path / "a.ckpt")
+    assert module.teacher_evaluations == 3 * 16 * calls
+    assert not any(part._forward_hooks for part in module.modules())
+    again = dmd_module(guidance=guidance, accumulate=2)
+    run(again, 5, tmp_path / "a.ckpt")
+    assert again.teacher_evaluations == 5 * 16 * calls
+    assert again.train_seconds > module.train_seconds > 0

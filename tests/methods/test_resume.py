@@ -1,0 +1,80 @@
+"""A run that is killed in the middle of an epoch and goes on ends with the bits of an unbroken one.
+
+Eleven batches make an epoch here. A checkpoint is written every five steps and the kill comes at
+step 18, so that step 16 to 18 are lost and made again from the middle of the second epoch.
+"""
+
+import signal
+
+import pytest
+import torch
+from tiny import run_alone, write_config
+
+from lit_distill.main import main
+
+STEPS = 25
+SAVER = {
+    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+    "init_args": {"filename": "last", "every_n_train_steps": 5},
+}
+KILL = {"class_path": "tiny.KillAt", "init_args": {"step": 18}}
+
+
+def last(root):
+    return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def equal(a, b):
+    """Whether two nested structures hold the same bits."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def fit(tmp_path, name, method, world, *arguments, callbacks=(SAVER,)):
+    root = tmp_path / name
+    options = {"max_steps": STEPS, "callbacks": list(callbacks)}
+    config = write_config(tmp_path / f"{name}.yaml", root, method, world, **options)
+    return root, ["fit", "--config", str(config), *arguments]
+
+
+# One of each training pattern: automatic, alternating.
+every_pattern = pytest.mark.parametrize("method", ["teacher", "dmd"])
+
+
+@every_pattern
+def test_killed_and_resumed_equals_unbroken(method, tmp_path, world):
+    unbroken, command = fit(tmp_path, "unbroken", method, world)
+    assert main(command) == 0
+
+    killed, command = fit(tmp_path, "killed", method, world, callbacks=[KILL, SAVER])
+    result = run_alone(command)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    left = last(killed)
+    assert left["global_step"] == 15
+    assert not equal(left["state_dict"], last(unbroken)["state_dict"])
+
+    _, command = fit(tmp_path, "killed", method, world, "--ckpt_path", "last")
+    assert main(command) == 0
+    ours, theirs = last(killed), last(unbroken)
+    assert ours["global_step"] == theirs["global_step"] == STEPS
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert ours[part] and equal(ours[part], theirs[part]), part
+    spent = [checkpoint["spent"]["teacher_evaluations"] for checkpoint in (ours, theirs)]
+    assert spent[0] == spent[1]
+    assert any(key.startswith("ema.") for key in ours["state_dict"])
+
+
+@every_pattern
+def test_the_seed_decides(method, tmp_path, world):
+    """Without this the test above could hold for a training that draws nothing at all."""
+    states = []
+    for seed in (0, 1):
+        root, command = fit(tmp_path, f"seed{seed}", method, world, "--trainer.max_steps", "5")
+        assert main([*command, "--seed_everything", str(seed)]) == 0
+        states.append(last(root)["state_dict"])
+    assert not equal(*states)

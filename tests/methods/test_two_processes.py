@@ -1,0 +1,53 @@
+"""Two processes on the CPU train one model, and write the pairs that one process writes."""
+
+import pytest
+import torch
+import yaml
+from tiny import METHODS, run_alone, write_config
+
+SAVE = {"class_path": "tiny.SaveEachRank"}
+
+
+@pytest.mark.parametrize("method", ["teacher", "dmd"])
+def test_both_end_with_equal_weights(method, tmp_path, world):
+    root = tmp_path / "run"
+    options = {"max_steps": 4, "callbacks": [SAVE], "devices": 2}
+    options["strategy"] = METHODS[method].strategy
+    config = write_config(tmp_path / "run.yaml", root, method, world, **options)
+    result = run_alone(["fit", "--config", str(config)])
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(root / f"rank{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys()
+    trained = {name.split(".")[0] for name in first} & {"student", "fake_score", "ema"}
+    assert trained == {"student", "ema"} | ({"fake_score"} if method == "dmd" else set())
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    # Equal as they were averaged, not as both saw the same: their batches and draws differ.
+    drawn = [torch.load(root / f"rank{rank}-draw.pt") for rank in range(2)]
+    assert not torch.equal(*[draw["image"] for draw in drawn])
+    assert not torch.equal(*[draw["random"] for draw in drawn])
+    last = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 4
+    for name, value in last["state_dict"].items():
+        assert torch.equal(value, first[name]), name
+    # Teacher evaluations of both: 4 steps of 8 pairs each.
+    assert last["spent"]["teacher_evaluations"] == (4 * 8 * 2 if method == "dmd" else 0)
+
+
+def test_pairs_of_two_are_bit_identical_to_those_of_one(tmp_path, world):
+    folder = tmp_path / "pairs"
+    writer = {
+        "class_path": "lit_distill.callbacks.PairWriter",
+        "init_args": {"folder": str(folder)},
+    }
+    options = {"devices": 2, "strategy": "ddp", "callbacks": [writer]}
+    path = write_config(tmp_path / "run.yaml", tmp_path / "run", "teacher", world, **options)
+    config = yaml.safe_load(path.read_text())
+    config["model"]["init_args"] |= {"denoiser": str(world / "teacher"), "steps": 2}
+    config["data"]["init_args"] |= {"predict_samples": 88, "predict_batch_size": 30}
+    path.write_text(yaml.safe_dump(config))
+    result = run_alone(["predict", "--config", str(path)])
+    assert result.returncode == 0, result.stderr
+    ours = {file.name: file.read_bytes() for file in folder.iterdir()}
+    theirs = {file.name: file.read_bytes() for file in (world / "pairs").iterdir()}
+    assert len(ours) == 4 and ours == theirs

@@ -1,0 +1,217 @@
+"""Tiny networks, data and runs of every method, and callbacks that a run's YAML may name."""
+
+import lit_distill  # noqa: F401  # isort: skip  # before lightning: see lit_distill/_torchvision_ops.py
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_distill.datamodules import DigitsDataModule
+from lit_distill.diffusion import EDMDenoiser, seeded_noise
+from lit_distill.methods import DMD, DiffusionTeacher, DistillationModule
+from lit_distill.models import UNet
+
+NETWORK = {
+    "image_size": 8,
+    "channels": 1,
+    "num_classes": 10,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+def denoiser(seed: int = 0, **network: Any) -> EDMDenoiser:
+    """A network of 20 thousand weights, the same for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return EDMDenoiser(UNet(**{**NETWORK, **network}), sigma_data=0.75)
+
+
+class Digits(DigitsDataModule):
+    """Real digits that pass for a teacher's images of some noise."""
+
+    def __init__(self, batch_size: int = 16, **options: Any) -> None:
+        super().__init__(batch_size=batch_size, **options)
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
+        count = len(batch["image"])
+        noise = seeded_noise(self.image_shape, range(count))
+        return {"index": torch.arange(count), "noise": noise, **batch}
+
+
+def teacher_module(**options: Any) -> DiffusionTeacher:
+    adam = partial(torch.optim.Adam, lr=1e-2)
+    return DiffusionTeacher(denoiser(), **{"optimizer": adam, "steps": 2, **options})
+
+
+def dmd_module(**options: Any) -> DMD:
+    adam = partial(torch.optim.Adam, lr=1e-2)
+    return DMD(denoiser(), **{"distance": "l2", "optimizer": adam, **options})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in the table of the invariants.
+
+    Attributes:
+        make: Builds it around a tiny network; takes any of its options.
+        model: What a YAML file says of it, given the folder of a teacher.
+        on_pairs: Whether it is trained on pairs, and not on the data.
+        strategy: The strategy that it names for several processes.
+    """
+
+    make: Callable[..., DistillationModule]
+    model: Callable[[Path], dict[str, Any]]
+    on_pairs: bool = True
+    strategy: str = "ddp_find_unused_parameters_true"
+
+
+def _teacher_yaml(folder: Path) -> dict[str, Any]:
+    network = {"class_path": "lit_distill.models.UNet", "init_args": NETWORK}
+    return {
+        "class_path": "lit_distill.methods.DiffusionTeacher",
+        "init_args": {
+            "denoiser": {
+                "class_path": "lit_distill.diffusion.EDMDenoiser",
+                "init_args": {"network": network},
+            },
+            "label_dropout": 0.1,
+            **_training_yaml(),
+        },
+    }
+
+
+def _dmd_yaml(folder: Path, **options: Any) -> dict[str, Any]:
+    arguments = {"teacher": str(folder), "distance": "l2", **_training_yaml(), **options}
+    return {"class_path": "lit_distill.methods.DMD", "init_args": arguments}
+
+
+def _training_yaml() -> dict[str, Any]:
+    warm_up = {"start_factor": 0.1, "total_iters": 20}
+    return {
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
+        "lr_scheduler": {
+            "class_path": "torch.optim.lr_scheduler.LinearLR",
+            "init_args": warm_up,
+        },
+    }
+
+
+METHODS = {
+    "teacher": Row(teacher_module, _teacher_yaml, on_pairs=False, strategy="ddp"),
+    "dmd": Row(dmd_module, _dmd_yaml),
+    "dmd_ratio_3": Row(partial(dmd_module, update_ratio=3), partial(_dmd_yaml, update_ratio=3)),
+}
+"""Add one row a method: the tests of invariants, checkpoints and resuming go through them all."""
+
+
+def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    """A quiet trainer on the CPU that writes nothing by itself."""
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "devices": 1,
+    }
+    return Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **{**quiet, **options},
+    )
+
+
+def write_config(path: Path, root: Path, method: str, world: Path, **options: Any) -> Path:
+    """The YAML file of a run in ``root``, with 11 batches an epoch.
+
+    Args:
+        path: Where to write it.
+        root: The run folder.
+        method: A key of :data:`METHODS`.
+        world: Folder with ``teacher/`` and ``pairs/``.
+        options: Of the trainer.
+    """
+    row = METHODS[method]
+    digits = "lit_distill.datamodules.DigitsDataModule"
+    data = {"class_path": digits, "init_args": {"batch_size": 100}}
+    if row.on_pairs:
+        pairs = {"folder": str(world / "pairs"), "data": digits, "batch_size": 8}
+        data = {"class_path": "lit_distill.datamodules.PairsDataModule", "init_args": pairs}
+    run = {
+        "default_root_dir": str(root),
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": -1,
+        "limit_val_batches": 0,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    config = {"trainer": {**run, **options}, "model": row.model(world / "teacher"), "data": data}
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def run_alone(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command of the command line in a process of its own, with one thread."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "lit_distill", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+class KillAt(Callback):
+    """Ends the process as a power cut would, after some step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SaveEachRank(Callback):
+    """Writes what each process ends with to ``rank<i>.pt``, and what it drew to another file."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        self._draw = {"image": batch["image"], "random": torch.rand(8)}
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / f"rank{trainer.global_rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({k: v.clone() for k, v in module.state_dict().items()}, path)
+        torch.save(self._draw, path.with_name(f"{path.stem}-draw.pt"))
+
+
+class Disturb(Callback):
+    """Draws random numbers and asks for samples after each step, as pictures in training do."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        torch.randn(5)
+        modes = {part: part.training for part in module.modules()}
+        module.eval()
+        module.preview(batch["noise"][:4], batch["label"][:4])
+        for part, training in modes.items():
+            part.training = training

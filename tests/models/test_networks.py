@@ -1,0 +1,104 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import stock_unet, tiny_network
+
+from lit_distill.diffusion import EDMDenoiser
+from lit_distill.models import UNet
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_the_cifar10_network_has_the_published_number_of_parameters():
+    # google/ddpm-cifar10-32
+    with torch.device("meta"):
+        network = UNet(
+            image_size=32,
+            block_out_channels=[128, 256, 256, 256],
+            attention_levels=[1],
+            options={
+                "downsample_padding": 0,
+                "flip_sin_to_cos": False,
+                "freq_shift": 1,
+                "norm_eps": 1e-6,
+                "attention_head_dim": None,
+            },
+        )
+    assert parameters(network) == 35_746_307
+    assert network.unet.config.down_block_types == (
+        "DownBlock2D",
+        "AttnDownBlock2D",
+        "DownBlock2D",
+        "DownBlock2D",
+    )
+    assert network.unet.config.up_block_types[2] == "AttnUpBlock2D"
+
+
+def test_the_digits_network_is_of_the_promised_size():
+    # configs/digits/teacher.yaml
+    with torch.device("meta"):
+        network = UNet(8, 1, 10, [32, 64], layers_per_block=1, norm_num_groups=8)
+    assert 150_000 <= parameters(network) <= 700_000
+
+
+def test_a_conditional_network_has_one_class_more_for_no_label():
+    network = tiny_network(num_classes=3)
+    assert network.unet.config.num_class_embeds == 4
+    assert (network.num_classes, network.null_label) == (3, 3)
+    assert network.image_shape == (1, 8, 8)
+    x, time = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 500.0])
+    out = network(x, time, torch.tensor([0, 3]))
+    assert out.shape == x.shape
+    assert not torch.allclose(out, network(x, time, torch.tensor([1, 0])))
+    named = network(x, time, {"label": torch.tensor([0, 3])})
+    assert torch.equal(out, named)
+
+
+def test_each_sample_has_its_own_time():
+    network = tiny_network().eval()
+    x = torch.randn(1, 1, 8, 8).expand(2, -1, -1, -1)
+    out = network(x, torch.tensor([1.0, 500.0]))
+    assert not torch.allclose(out[0], out[1])
+    assert torch.allclose(out[1:], network(x[1:], torch.tensor([500.0])), atol=1e-5)
+
+
+def test_a_conditional_network_asks_for_labels():
+    with pytest.raises(ValueError, match="3 classes and got no labels"):
+        tiny_network(num_classes=3)(torch.randn(1, 1, 8, 8), torch.ones(1))
+
+
+def test_an_unconditional_network_ignores_labels():
+    network, x = tiny_network().eval(), torch.randn(2, 1, 8, 8)
+    assert (network.num_classes, network.null_label) == (None, None)
+    labelled = network(x, torch.ones(2), torch.tensor([0, 1]))
+    assert torch.equal(labelled, network(x, torch.ones(2)))
+
+
+def test_options_win():
+    network = tiny_network(options={"block_out_channels": (4, 4), "act_fn": "gelu"})
+    assert network.unet.config.block_out_channels == (4, 4)
+    assert network.unet.config.act_fn == "gelu"
+
+
+def test_a_foreign_network_is_wrapped_with_all_its_classes():
+    network = UNet.wrap(stock_unet(num_class_embeds=5))
+    assert (network.num_classes, network.null_label) == (5, None)
+    assert network.image_shape == (1, 8, 8)
+    assert UNet.wrap(stock_unet(sample_size=(8, 16))).image_shape == (1, 8, 16)
+    assert UNet.wrap(stock_unet(sample_size=None)).image_shape is None
+
+
+def test_denoisers_know_what_their_network_knows():
+    denoiser = EDMDenoiser(tiny_network(num_classes=3))
+    assert (denoiser.image_shape, denoiser.num_classes, denoiser.null_label) == ((1, 8, 8), 3, 3)
+
+
+def test_images_that_cannot_be_halved_are_refused():
+    with pytest.raises(ValueError, match="image_size=28 cannot be halved 3 times"):
+        UNet(image_size=28, block_out_channels=[8, 8, 8, 8])
