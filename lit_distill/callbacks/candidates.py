@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -111,31 +112,27 @@ def cost_of(candidate: Candidate, references: References, batch_sizes: tuple[int
 
 @torch.no_grad()
 def comparison_strip(
-    candidates: list[Candidate],
-    costs: list[Cost],
-    draw: Draw,
-    train: Tensor,
-    device: torch.device,
+    trainer: Trainer, candidates: list[Candidate], costs: list[Cost], draw: Draw, train: Tensor
 ) -> dict[str, Tensor]:
     """Images of all candidates from the same noise, and the nearest training images.
 
     Args:
+        trainer: The running trainer; other processes are not needed.
         candidates: The first one that is not a teacher is compared with the training images.
         costs: Cost of each candidate.
         draw: One batch of images.
         train: (N, C, H, W) uint8, the training images.
-        device: Where the networks are.
 
     Returns:
         Captions and images (count, C, H, W) uint8.
     """
-    noise, labels = draw.batch(0)
+    device, (noise, labels) = trainer.strategy.root_device, draw.batch(0)
     noise, labels = noise.to(device), None if labels is None else labels.to(device)
     images = []
     for candidate in candidates:
         with isolate_rng():
             torch.manual_seed(draw.seed)
-            images.append(to_uint8(candidate.sampler(noise, labels)).cpu())
+            images.append(to_uint8(in_precision(trainer, candidate.sampler)(noise, labels)).cpu())
     first = next(i for i, candidate in enumerate(candidates) if candidate.solver is None)
     _, nearest = nearest_images(images[first], train)
     captions = [c.caption(cost) for c, cost in zip(candidates, costs, strict=True)]

@@ -245,7 +245,7 @@ class Evaluation(Callback):
         write_rows(self.rows, folder / "metrics.json")
         draw = references.draw(_PICTURE_COLUMNS, self.seed)
         train = references.real("train").images
-        strip = comparison_strip(candidates, costs, draw, train, trainer.strategy.root_device)
+        strip = comparison_strip(trainer, candidates, costs, draw, train)
         title = f"{references.data.name}: images from the same noise"
         draw_rows(strip, folder / "comparison.png", _PICTURE_COLUMNS, title)
         print(f"\n{format_table(self.rows, self.extractor.name)}")

@@ -2,11 +2,13 @@
 
 import copy
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_distill.diffusion import Denoiser
 from lit_distill.models import save_denoiser
 
 
@@ -26,9 +28,9 @@ class ExportPipeline(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
-        denoiser = copy.deepcopy(pl_module.network)
+        denoiser = copy.deepcopy(cast(Denoiser, pl_module.network))
         best = _best_checkpoint(trainer)
         if best is not None:
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]

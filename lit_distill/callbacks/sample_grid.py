@@ -81,7 +81,7 @@ class SampleGrid(Callback):
 def preview(
     module: LightningModule, batch: tuple[Tensor, Tensor | None], seed: int
 ) -> dict[str, Tensor]:
-    """Call a module's ``preview`` in eval mode without a trace on modes or random state.
+    """Call a module's ``preview`` in eval mode, without a trace on modes or random state.
 
     Args:
         module: A module with ``preview(noise, condition) -> dict[str, Tensor]``.
@@ -96,7 +96,8 @@ def preview(
     modes: dict[nn.Module, bool] = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with isolate_rng(), torch.no_grad():
+        precision = module.trainer.precision_plugin.forward_context()
+        with isolate_rng(), torch.no_grad(), precision:
             torch.manual_seed(seed)
             rows = generative(module).preview(noise, labels)
     finally:

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ class DistillationModule(LightningModule):
     @property
     def network(self) -> Denoiser:
         """The model that is sampled and exported: the student with averaged weights."""
-        return self.ema.module
+        return cast(Denoiser, self.ema.module)
 
     @torch.no_grad()
     def generate(
@@ -173,11 +173,11 @@ class DistillationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data against the teacher, and prepare the networks for speed."""
-        data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and hasattr(data, "check_teacher"):
-            data.check_teacher(self.teacher if self.teacher is not None else self.student)
+        check_teacher = getattr(getattr(self.trainer, "datamodule", None), "check_teacher", None)
+        if stage == "fit" and check_teacher is not None:
+            check_teacher(self.teacher if self.teacher is not None else self.student)
         if self.channels_last:
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.to(memory_format=torch.channels_last)
         if self.compile_networks:
             for module in [*(t.module for t in self.trained_modules()), self.teacher]:
                 if module is not None:
@@ -413,7 +413,7 @@ class AlternatingDistillationModule(DistillationModule):
         schedulers = self.lr_schedulers()
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             if scheduler is not None:
-                scheduler.step()  # type: ignore[call-arg]
+                scheduler.step()
 
 
 def _step_uncounted(optimizer: LightningOptimizer) -> None:

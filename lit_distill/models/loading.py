@@ -113,6 +113,7 @@ def _load_unet(folder: Path) -> UNet2DModel:
             f"The network in {folder} has {unet.config.in_channels} channels of input and "
             f"{unet.config.out_channels} of output: one that learned its variance cannot be used."
         )
+    unet.register_to_config(_name_or_path="")  # else later exports would tell this folder's path
     return unet
 
 

@@ -321,6 +321,24 @@ def test_image_i_has_the_noise_of_its_own_seed(tmp_path):
     assert torch.equal(images[44], to_uint8(alone)[0])
 
 
+class Noting(Toy):
+    """Notes what it is asked with, and whether autocast is on."""
+
+    def generate(self, noise, condition, steps):
+        self.noted = {**getattr(self, "noted", {}), torch.is_autocast_enabled("cpu"): noise[0]}
+        return super().generate(noise, condition, steps).bfloat16()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_samples_are_made_in_the_trainers_precision(tmp_path, precision):
+    module = Noting(ToyDenoiser())
+    run = trainer(tmp_path / "run", evaluation(seed=9), precision=precision)
+    run.test(module, ToyData(batch_size=10))
+    (mixed, noise), *others = module.noted.items()  # the same in timing, sampling and the picture
+    assert mixed == (precision == "bf16-mixed") and not others
+    assert noise.dtype == torch.float32 and torch.equal(noise, seeded_noise((1, 4, 4), [9])[0])
+
+
 def test_a_checkpoint_knows_its_updates_and_holds_no_extractor(tmp_path):
     callback = evaluation()
     run = trainer(tmp_path / "run", callback, max_steps=5)

@@ -150,6 +150,19 @@ def test_a_step_is_the_same_whatever_was_drawn_before_it(row, tmp_path):
 
 
 @every_method
+def test_every_step_draws_anew_in_every_epoch(row, tmp_path):
+    drawn = []
+
+    class Draw(Callback):
+        def on_train_batch_end(self, *args):
+            drawn.append(torch.rand(1).item())
+
+    options = {"max_epochs": 2, "limit_train_batches": 2}
+    trainer(tmp_path, Draw(), **options).fit(row.make(), Digits())
+    assert len(drawn) == len(set(drawn)) == 4
+
+
+@every_method
 def test_teacher_and_average_never_leave_eval_mode(row):
     module = row.make()
     for mode in (True, False, True):

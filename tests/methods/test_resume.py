@@ -17,6 +17,8 @@ SAVER = {
     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
     "init_args": {"filename": "last", "every_n_train_steps": 5},
 }
+# Right where checkpoints are written, as the configs have it.
+VALIDATION = {"val_check_interval": 5, "check_val_every_n_epoch": None, "limit_val_batches": 1}
 KILL = {"class_path": "tiny.KillAt", "init_args": {"step": 18}}
 
 
@@ -37,7 +39,7 @@ def equal(a, b):
 
 def fit(tmp_path, name, method, world, *arguments, callbacks=(SAVER,)):
     root = tmp_path / name
-    options = {"max_steps": STEPS, "callbacks": list(callbacks)}
+    options = {"max_steps": STEPS, "callbacks": list(callbacks), **VALIDATION}
     config = write_config(tmp_path / f"{name}.yaml", root, method, world, **options)
     return root, ["fit", "--config", str(config), *arguments]
 

@@ -81,8 +81,8 @@ def test_an_unconditional_network_ignores_labels():
 
 
 def test_options_win():
-    network = tiny_network(options={"block_out_channels": (4, 4), "act_fn": "gelu"})
-    assert network.unet.config.block_out_channels == (4, 4)
+    network = tiny_network(options={"block_out_channels": (8, 8), "act_fn": "gelu"})
+    assert network.unet.config.block_out_channels == (8, 8)
     assert network.unet.config.act_fn == "gelu"
 
 

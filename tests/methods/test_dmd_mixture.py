@@ -1,0 +1,170 @@
+"""DMD against the truth: a mixture of eight Gaussians in the plane, whose score is known exactly.
+
+The teacher is the closed form itself. Student and fake score are small networks that were first
+trained as denoisers of the mixture; pairs are ends of the exact ODE.
+"""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from tiny import trainer
+from torch import nn
+
+from lit_distill.diffusion import (
+    Denoiser,
+    EDMDenoiser,
+    GaussianMixtureDenoiser,
+    LogNormalSigma,
+    sample,
+)
+from lit_distill.methods import DMD, DiffusionTeacher
+
+MODES = 8
+ANGLES = torch.arange(MODES) * (2 * math.pi / MODES)
+MEANS = torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
+SHARES = torch.linspace(1, 2, MODES) / torch.linspace(1, 2, MODES).sum()  # from 8% to 17%
+SPREAD = 0.1
+
+
+class Perceptron(nn.Module):
+    """Predicts a point from a point and Fourier features of the time."""
+
+    image_shape = (2,)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 3 * torch.randn(32))
+        layers = [nn.Linear(66, width), nn.SiLU()]
+        for _ in range(2):
+            layers += [nn.Linear(width, width), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
+
+    def forward(self, x, time, condition):
+        angles = time[:, None] * self.frequencies
+        return self.layers(torch.cat([x, angles.cos(), angles.sin()], 1))
+
+
+class Points(LightningDataModule):
+    """Random batches of tensors in memory; how many was trained on says which comes next."""
+
+    def __init__(self, batch_size: int = 256, **tensors: torch.Tensor) -> None:
+        super().__init__()
+        self.tensors, self.batch_size = tensors, batch_size
+
+    def train_dataloader(self):
+        items = next(iter(self.tensors.values()))
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randint(
+            len(items), (self.trainer.max_steps, self.batch_size), generator=generator
+        )
+        return [{name: t[rows] for name, t in self.tensors.items()} for rows in order]
+
+
+def truth() -> GaussianMixtureDenoiser:
+    return GaussianMixtureDenoiser(MEANS, SPREAD, SHARES, sigma_min=0.01, sigma_max=10.0)
+
+
+def pretrained(teacher, folder, width: int, steps: int) -> Denoiser:
+    network = Perceptron(width)
+    start = EDMDenoiser(network, 0.01, 10.0, sigma_data=0.7, time_scale=1.0)
+    adam = partial(torch.optim.Adam, lr=2e-3)
+    module = DiffusionTeacher(start, LogNormalSigma(-1.0, 1.5), optimizer=adam, ema_decay=0.99)
+    trainer(folder, max_steps=steps).fit(module, Points(image=teacher.draw(20_000)))
+    return module.network
+
+
+def distilled(folder, *, width, steps, before, pairs, ratio, ema_decay) -> torch.Tensor:
+    """4,000 samples of a one-step generator."""
+    torch.manual_seed(0)
+    teacher = truth()
+    start = pretrained(teacher, folder, width, before)
+    noise = torch.randn(pairs, 2)
+    data = Points(noise=noise, image=sample(teacher, noise, steps=18))
+    module = DMD(
+        teacher,
+        "l2",
+        student=start,
+        fake_score=start,
+        update_ratio=ratio,
+        ema_decay=ema_decay,
+        optimizer=partial(torch.optim.Adam, lr=1e-3, betas=(0.0, 0.99)),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(
+            o, lambda step: max(0.02, 1 - step / steps)
+        ),
+    )
+    fresh = torch.randn(4_000, 2, generator=torch.Generator().manual_seed(1))
+    assert not covers(module.generate(fresh), worst=1.0)  # the start is no generator yet
+    trainer(folder, max_steps=steps).fit(module, data)
+    return module.generate(fresh)
+
+
+def shares(points: torch.Tensor) -> torch.Tensor:
+    """The share of points that lie within four standard deviations of each mode."""
+    distance, nearest = torch.cdist(points, MEANS).min(1)
+    close = nearest[distance < 4 * SPREAD]
+    return torch.bincount(close, minlength=MODES) / len(points)
+
+
+def covers(points: torch.Tensor, worst: float) -> bool:
+    """Whether the weight of every mode is off by less than a share ``worst`` of the truth."""
+    return bool((shares(points) / SHARES - 1).abs().max() < worst)
+
+
+def permutation_test(a: torch.Tensor, b: torch.Tensor, permutations: int = 500):
+    """Squared MMD of two sets of equal size, and the 95% quantile of it under permutations.
+
+    Gaussian kernels as wide as a mode, as the space between modes, and as the whole.
+    """
+    points = torch.cat([a, b])
+    square = torch.cdist(points, points).square()
+    kernel = sum((-square / (2 * width**2)).exp() for width in (0.1, 0.3, 1.0)).fill_diagonal_(0)
+    signs = torch.cat([torch.ones(len(a)), -torch.ones(len(b))])
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(signs), generator=generator) for _ in range(permutations)]
+    rows = torch.stack([signs, *(signs[order] for order in orders)])
+    values = ((rows @ kernel) * rows).sum(1) / len(a) ** 2
+    return values[0].item(), values[1:].quantile(0.95).item()
+
+
+def test_the_yardsticks_tell_a_wrong_generator():
+    torch.manual_seed(0)
+    right, other = truth().draw(2_000), truth().draw(2_000)
+    assert covers(right, worst=0.3)
+    statistic, quantile = permutation_test(right, other)
+    assert statistic < quantile
+    flat = GaussianMixtureDenoiser(MEANS, SPREAD).draw(2_000)  # the right modes, equal weights
+    lost = right[right[:, 0] < 0.95]  # most of a mode is missing
+    wide = right + 0.1 * torch.randn_like(right)
+    assert not covers(flat, worst=0.3) and not covers(lost, worst=0.45)
+    for wrong in (flat, wide, lost[:1_700]):
+        statistic, quantile = permutation_test(wrong, other[: len(wrong)])
+        assert statistic > quantile
+
+
+def test_exact_ode_of_the_teacher_passes():
+    torch.manual_seed(0)
+    ends = sample(truth(), torch.randn(2_000, 2), steps=18)
+    statistic, quantile = permutation_test(ends, truth().draw(2_000))
+    assert covers(ends, worst=0.3) and statistic < quantile
+
+
+def test_a_short_run_finds_all_modes(tmp_path):
+    points = distilled(
+        tmp_path, width=64, steps=1_200, before=600, pairs=4_000, ratio=1, ema_decay=0.99
+    )
+    assert covers(points, worst=0.5), shares(points) / SHARES
+    assert shares(points).sum() > 0.85
+
+
+@pytest.mark.full
+def test_a_long_run_has_the_right_weights_and_passes_the_mmd_test(tmp_path):
+    points = distilled(
+        tmp_path, width=128, steps=6_000, before=2_000, pairs=10_000, ratio=2, ema_decay=0.998
+    )
+    statistic, quantile = permutation_test(points[:2_000], truth().draw(2_000))
+    print(f"weights / truth {shares(points) / SHARES}, MMD^2 {statistic:.5f} of {quantile:.5f}")
+    assert covers(points, worst=0.3), shares(points) / SHARES
+    assert statistic < quantile
