@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lit_distill.diffusion.noise_levels import karras_sigmas, rho_levels
+from lit_distill.diffusion.noise_levels import karras_sigmas, rho_levels, wide
 
 Condition = Tensor | dict[str, Tensor] | None
 """Labels ``(B,)``, or named tensors (``label``, ``prompt_embeds``, ``to_sigma``, ...), or None."""
@@ -91,7 +91,7 @@ class Denoiser(nn.Module):
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """Weight of ``|D - x0|^2`` at ``sigma`` that makes it the network's own squared error."""
-        return 1 / sigma.double() ** 2
+        return 1 / wide(sigma) ** 2
 
     def null(self, condition: Condition) -> Condition:
         """The unconditional counterpart of a condition.

@@ -9,10 +9,12 @@ from lit_distill.diffusion.contract import Condition, NetworkDenoiser, like
 from lit_distill.diffusion.noise_levels import (
     check_steps,
     linear_betas,
+    placed,
     sigma_to_timestep,
     sigmas_from_alphas_cumprod,
     timestep_to_sigma,
     trailing_timesteps,
+    wide,
 )
 
 _PURE_NOISE = 1e6  # the level that stands for t = 1 of a flow, which no finite level is
@@ -56,7 +58,7 @@ class EDMDenoiser(NetworkDenoiser):
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """``1 / c_out^2`` (Karras et al. 2022, Table 1)."""
-        sigma = sigma.double()
+        sigma = wide(sigma)
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
     def settings(self) -> dict[str, Any]:
@@ -171,7 +173,7 @@ class _TableDenoiser(NetworkDenoiser):
 
     def schedule(self, u: Tensor) -> Tensor:
         """Uniform in the table's time."""
-        times = u.double() * self.last
+        times = wide(u) * self.last
         return timestep_to_sigma(
             times.round() if self.discrete else times, self._table_on(u.device)
         )
@@ -184,7 +186,7 @@ class _TableDenoiser(NetworkDenoiser):
     def _table_on(self, device: torch.device) -> Tensor:
         """The table on a device, kept there: a GPU would wait for a copy at each evaluation."""
         if self._near.device != device:
-            self._near = self.table.to(device)
+            self._near = placed(self.table, device)
         return self._near
 
     def settings(self) -> dict[str, Any]:
@@ -201,7 +203,7 @@ class EpsilonDenoiser(_TableDenoiser):
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`."""
-        scaled = x * like((1 + sigma.double() ** 2).rsqrt(), x)
+        scaled = x * like((1 + wide(sigma) ** 2).rsqrt(), x)
         return x - like(sigma, x) * self.predict(scaled, self.time(sigma), condition)
 
 
@@ -210,13 +212,13 @@ class VelocityDenoiser(_TableDenoiser):
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`."""
-        alpha = like((1 + sigma.double() ** 2).rsqrt(), x)
+        alpha = like((1 + wide(sigma) ** 2).rsqrt(), x)
         v = self.predict(alpha * x, self.time(sigma), condition)
         return alpha * (alpha * x - like(sigma, x) * v)
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """``SNR + 1``."""
-        return 1 + 1 / sigma.double() ** 2
+        return 1 + 1 / wide(sigma) ** 2
 
 
 class FlowDenoiser(NetworkDenoiser):
@@ -239,7 +241,7 @@ class FlowDenoiser(NetworkDenoiser):
 
     def time(self, sigma: Tensor) -> Tensor:
         """``t`` in [0, 1] at ``sigma``; exactly 1 from 1e6 on."""
-        t = sigma.double() / (1 + sigma.double())
+        t = wide(sigma) / (1 + wide(sigma))
         return torch.where(sigma >= _PURE_NOISE, torch.ones_like(t), t)
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
@@ -254,11 +256,11 @@ class FlowDenoiser(NetworkDenoiser):
 
     def signal_scale(self, sigma: Tensor) -> Tensor:
         """``1 - t``: the straight path is the variance-exploding one times this."""
-        return 1 / (1 + sigma.double())
+        return 1 / (1 + wide(sigma))
 
     def schedule(self, u: Tensor) -> Tensor:
         """Uniform in ``t``."""
-        t = u.double() * float(self.time(torch.tensor(self.sigma_max)))
+        t = wide(u) * float(self.time(torch.tensor(self.sigma_max)))
         return (t / (1 - t)).clamp(self.sigma_min, self.sigma_max)  # t = 1 gives infinity
 
     def sigmas(self, steps: int) -> Tensor:

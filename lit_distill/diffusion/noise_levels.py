@@ -29,6 +29,20 @@ def seeded_noise(shape: tuple[int, ...], seeds: Iterable[int]) -> Tensor:
     return torch.stack(rows) if rows else torch.empty((0, *shape))
 
 
+def wide(level: Tensor) -> Tensor:
+    """Levels or times in float64, or in float32 on devices that have no more (Apple's GPUs)."""
+    return level.to(_precision(level.device))
+
+
+def placed(level: Tensor, device: torch.device) -> Tensor:
+    """Levels on a device, in its highest precision."""
+    return level.to(device, _precision(device))
+
+
+def _precision(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def rho_levels(u: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """Map ``u`` in [0, 1] to a noise level, uniformly in ``sigma ** (1 / rho)``.
 
@@ -42,7 +56,7 @@ def rho_levels(u: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) 
         Levels of the shape of ``u``, float64.
     """
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (low + u.double() * (high - low)) ** rho
+    return (low + wide(u) * (high - low)) ** rho
 
 
 def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
@@ -111,7 +125,7 @@ def sigma_to_timestep(sigma: Tensor, table: Tensor) -> Tensor:
         index exactly.
     """
     logs = table.log()
-    target = sigma.double().clamp(table[0], table[-1]).log()  # tensors: a GPU need not wait
+    target = wide(sigma).clamp(table[0], table[-1]).log()  # tensors: a GPU need not wait
     high = torch.searchsorted(logs, target).clamp(1, len(table) - 1)
     low = high - 1
     time = low + (target - logs[low]) / (logs[high] - logs[low])
@@ -122,7 +136,7 @@ def sigma_to_timestep(sigma: Tensor, table: Tensor) -> Tensor:
 
 def timestep_to_sigma(timestep: Tensor, table: Tensor) -> Tensor:
     """Inverse of :func:`sigma_to_timestep`: the level at a time in [0, T - 1], float64."""
-    time = timestep.double().clamp(0, len(table) - 1)
+    time = wide(timestep).clamp(0, len(table) - 1)
     low = time.floor().long().clamp_max(len(table) - 2)
     logs = table.log()
     return torch.lerp(logs[low], logs[low + 1], time - low).exp()
@@ -174,7 +188,7 @@ class LogNormalSigma(SigmaDistribution):
 
     def __call__(self, u: Tensor) -> Tensor:
         """Map uniform numbers to levels by the inverse distribution function."""
-        normal = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
+        normal = torch.special.ndtri(wide(u).clamp(1e-7, 1 - 1e-7))
         return (self.mean + self.std * normal).exp()
 
 
@@ -191,7 +205,7 @@ class LogUniformSigma(SigmaDistribution):
 
     def __call__(self, u: Tensor) -> Tensor:
         """Map uniform numbers to levels."""
-        return self.sigma_min * (self.sigma_max / self.sigma_min) ** u.double()
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** wide(u)
 
 
 class RhoUniformSigma(SigmaDistribution):

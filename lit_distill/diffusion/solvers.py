@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_distill.diffusion.contract import Condition, Denoiser, like
-from lit_distill.diffusion.noise_levels import check_steps
+from lit_distill.diffusion.noise_levels import check_steps, placed
 
 Callback = Callable[[int, Tensor, Tensor], None]
 """Called after each jump with its number, the state before it and the denoiser's estimate there."""
@@ -170,7 +170,7 @@ def solve(
             "sigmas has a level that is not above 0 before its end: the ODE stops at 0, so that "
             "only the last level may be 0."
         )
-    grid = sigmas.to(x.device).expand(-1, len(x))
+    grid = placed(sigmas, x.device).expand(-1, len(x))
     return SOLVERS[solver](denoiser, x, grid, condition, callback)
 
 
@@ -227,7 +227,7 @@ def consistency_sampling(
         if i > 0:
             spread = (level**2 - denoiser.sigma_min**2).clamp_min(0).sqrt()
             x = x + float(spread) * _noise_like(x, generator)
-        x = denoiser(x, level.to(x.device).expand(len(x)), condition)
+        x = denoiser(x, placed(level, x.device).expand(len(x)), condition)
     return x
 
 

@@ -79,7 +79,7 @@ def measure_cost(
 
 
 def _median_seconds(
-    run: Callable[[], object], device: torch.device, repeats: int = 20, budget: float = 3.0
+    run: Callable[[], object], device: torch.device, repeats: int = 20, budget: float = 1.0
 ) -> float:
     """Median over repeats after a warm-up; fewer (at least 3) once ``budget`` seconds are spent."""
     run()

@@ -37,7 +37,7 @@ def test_each_later_step_draws_fresh_noise():
     model = ExactConsistency(sigma_min=SIGMA_MIN, sigma_max=5.0)
     x = torch.full((1000, 1), 2.0, dtype=torch.float64)
     one = consistency_sampling(model, x, torch.tensor([5.0, 0.0]))
-    assert float(one.std()) == 0  # one step is deterministic
+    assert float(one.std()) < 1e-12  # one step is deterministic
     two = consistency_sampling(model, x, torch.tensor([5.0, 4.9, 0.0]))
     assert float(two.std()) > 0.4
 

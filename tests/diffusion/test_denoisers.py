@@ -259,7 +259,8 @@ def test_a_lower_start_changes_the_grid_and_not_the_model(kind):
     lowered.start_from(2.5)
     assert lowered.sigma_max == pytest.approx(2.5, rel=0.02)
     grid = lowered.sigmas(4)
-    assert float(grid[0]) == pytest.approx(lowered.sigma_max) and (grid.diff() < 0).all() and grid[-1] == 0
+    assert float(grid[0]) == pytest.approx(lowered.sigma_max)
+    assert (grid.diff() < 0).all() and grid[-1] == 0
     assert float(lowered.schedule(torch.tensor(1.0))) == pytest.approx(lowered.sigma_max)
     x, sigma = torch.randn(5, 2, dtype=torch.float64), torch.tensor([0.1, 1, 2.4, 2.5, 2.6])
     assert torch.equal(lowered(x, sigma), whole(x, sigma))

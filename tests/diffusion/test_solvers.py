@@ -17,6 +17,7 @@ from lit_distill.diffusion import (
     GuidedDenoiser,
     jump,
     karras_sigmas,
+    noise_levels,
     sample,
     seeded_noise,
     solve,
@@ -104,6 +105,22 @@ def test_runs_of_float32_follow_those_of_float64():
             double = sample(denoiser, noise.double(), steps=20, solver=solver)
             assert single.dtype == torch.float32
             assert torch.allclose(single.double(), double, rtol=0, atol=1e-4), (name, solver)
+
+
+@pytest.mark.parametrize("name", exact_denoisers())
+def test_devices_without_float64_are_served(name, monkeypatch):
+    # Apple's GPUs, stood in for by the CPU.
+    noise = seeded_noise((3,), range(5))
+    expected = sample(exact_denoisers()[name], noise, steps=10)
+    monkeypatch.setattr(noise_levels, "_precision", lambda device: torch.float32)
+    denoiser, asked = exact_denoisers()[name], []
+    if hasattr(denoiser, "table"):
+        denoiser._near = denoiser.table.float()  # what moving it to such a device makes of it
+    denoiser.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[1].dtype))
+    assert torch.allclose(sample(denoiser, noise, steps=10), expected, rtol=0, atol=2e-4)
+    assert set(asked) == {torch.float32}
+    sigma = denoiser.schedule(torch.tensor([0.1, 0.5]))
+    assert sigma.dtype == denoiser.loss_weight(sigma).dtype == torch.float32
 
 
 # --- Jumps and grids -----------------------------------------------------------------------------

@@ -97,6 +97,7 @@ def test_an_unknown_name_is_named_with_the_known_ones():
 # --- LPIPS ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
 @pytest.mark.parametrize("net", ARCHITECTURES)
 def test_lpips_is_the_packages(backbones, net):
     ours = LPIPS(net, resize=None, weights=backbones[net])
@@ -186,7 +187,7 @@ def test_latents_are_refused(squeeze):
 
 
 def test_an_unknown_backbone_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="net='resnet'.*vgg, alex, squeeze"):
+    with pytest.raises(ValueError, match=r"net='resnet'.*vgg, alex, squeeze"):
         LPIPS("resnet")
 
 

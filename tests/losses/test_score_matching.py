@@ -127,7 +127,7 @@ def test_nothing_carries_a_graph_and_both_scores_see_the_same():
 
     real, fake = Asked(), Asked()
     x = torch.randn(4, 1, 2, 2, requires_grad=True)
-    label, sigma, noise = torch.arange(4), torch.rand(4, dtype=torch.float64), torch.randn(4, 1, 2, 2)
+    label, sigma, noise = torch.arange(4), torch.rand(4).double(), torch.randn(4, 1, 2, 2)
     found = distribution_matching(x, sigma, noise, real, fake, label)
     assert not any(part.requires_grad for part in found)
     assert all(part.dtype == torch.float32 for part in found)
