@@ -34,6 +34,7 @@ from lit_distill.diffusion.noise_levels import (
 from lit_distill.diffusion.solvers import (
     SOLVERS,
     EvaluationCounter,
+    check_solver,
     consistency_sampling,
     jump,
     sample,
@@ -59,6 +60,7 @@ __all__ = [
     "RhoUniformSigma",
     "SigmaDistribution",
     "VelocityDenoiser",
+    "check_solver",
     "consistency_sampling",
     "jump",
     "karras_sigmas",

@@ -130,6 +130,12 @@ SOLVERS: dict[str, Solver] = {"euler": euler, "ddim": euler, "heun": heun, "dpmp
 """Solvers by name. All of them are deterministic."""
 
 
+def check_solver(solver: str) -> None:
+    """Raise a ``ValueError`` unless ``solver`` is a name in :data:`SOLVERS`."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}.")
+
+
 def solve(
     denoiser: Denoiser,
     x: Tensor,
@@ -155,8 +161,7 @@ def solve(
     Raises:
         ValueError: If the solver is unknown or the grid is not one.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}.")
+    check_solver(solver)
     if sigmas.ndim == 1:
         sigmas = sigmas[:, None]
     if sigmas.ndim != 2 or len(sigmas) < 2 or sigmas.shape[1] not in (1, len(x)):

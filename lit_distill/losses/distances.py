@@ -124,9 +124,11 @@ class LPIPS(Distance):
         names = {key: "features." + key.split(".", 1)[1] for key in model.net.state_dict()}
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError("it holds no state_dict")
             model.net.load_state_dict({key: state[name] for key, name in names.items()})
         # damaged or empty, no state_dict, the names or the shapes of another network
-        except (UnpicklingError, LookupError, EOFError, TypeError, RuntimeError) as error:
+        except (UnpicklingError, KeyError, EOFError, TypeError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"{weights}, the option `weights` of LPIPS, is not torchvision's "

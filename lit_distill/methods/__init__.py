@@ -1,6 +1,7 @@
 """Methods: one file each."""
 
-from lit_distill.methods.base import AlternatingDistillationModule, DistillationModule
+from lit_distill.methods.alternating import AlternatingDistillationModule
+from lit_distill.methods.base import DistillationModule
 from lit_distill.methods.dmd import DMD
 from lit_distill.methods.teacher import DiffusionTeacher
 

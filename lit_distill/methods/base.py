@@ -1,32 +1,29 @@
-"""The two base classes: one trained network with automatic optimization, or several in turn.
+"""The base of all methods: one trained network with automatic optimization.
 
-They own what is the same for every method: the frozen teacher, the average of the student's
+It owns what is the same for every method: the frozen teacher, the average of the student's
 weights, random state, checkpoints, sampling and the count of what was spent. A method's file owns
-its loss.
+its loss. Several networks in turn: :mod:`lit_distill.methods.alternating`.
 """
 
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lit_distill.diffusion import Condition, Denoiser, EvaluationCounter, sample
+from lit_distill.diffusion import Condition, Denoiser, EvaluationCounter, check_solver, sample
 from lit_distill.models import load_denoiser
 
 Batch = dict[str, Tensor]
 """``image`` (B, C, H, W) in [-1, 1], and where there are any: ``label``, ``noise``, ``index``."""
 
-Part = TypeVar("Part")
 # How often a run looks whether its losses are finite: a look makes a GPU wait.
 _CHECK_EVERY = 20
 
@@ -81,6 +78,7 @@ class DistillationModule(LightningModule):
         compile: bool = False,
         channels_last: bool = False,
     ) -> None:
+        check_solver(solver)  # not first when the training is over
         super().__init__()
         self.student = student
         self.teacher = teacher
@@ -324,110 +322,6 @@ class Trained:
     optimizer: OptimizerCallable
     lr_scheduler: LRSchedulerCallable | None = None
     clip: float | None = None
-
-
-class AlternatingDistillationModule(DistillationModule):
-    """Several trained networks, each with its own optimizer, stepped in turn.
-
-    A batch is one student update and as many of the others as the method wants, so that batches,
-    ``global_step``, ``max_steps``, checkpoints and the log all count student updates.
-
-    Under DDP use ``strategy: ddp_find_unused_parameters_true``: each backward pass reaches one of
-    the networks only.
-
-    Args:
-        student: The network in training.
-        teacher: The frozen model.
-        accumulate: Micro-batches that a batch is split into, whose gradients add up to one update.
-        base: Arguments of :class:`DistillationModule`.
-    """
-
-    def __init__(
-        self, student: Denoiser, teacher: Denoiser, *, accumulate: int = 1, **base: Any
-    ) -> None:
-        if accumulate < 1:
-            raise ValueError(f"accumulate={accumulate}: a batch has at least 1 part.")
-        super().__init__(student, teacher, **base)
-        self.automatic_optimization = False
-        self.accumulate = accumulate
-
-    def setup(self, stage: str) -> None:
-        """Refuse float16, whose scaled gradients could not be clipped; prepare as the base does.
-
-        Raises:
-            ValueError: If the trainer's precision is a float16 one.
-        """
-        if stage == "fit" and str(self.trainer.precision).startswith("16"):
-            raise ValueError(
-                f"precision={self.trainer.precision} does not work with several optimizers: use "
-                "bf16-mixed or 32-true (option trainer.precision)."
-            )
-        super().setup(stage)
-
-    def split(self, batch: Batch) -> list[Batch]:
-        """Cut a batch into ``accumulate`` micro-batches.
-
-        Raises:
-            ValueError: If the batch does not divide.
-        """
-        size = len(batch["image"])
-        part = size // self.accumulate
-        if size % self.accumulate:
-            raise ValueError(
-                f"A batch of {size} does not divide into accumulate={self.accumulate} parts."
-            )
-        return [{k: v[i : i + part] for k, v in batch.items()} for i in range(0, size, part)]
-
-    def update(self, name: str, loss: Callable[[Part], Tensor], parts: Sequence[Part]) -> None:
-        """Step one of the trained networks.
-
-        Args:
-            name: Which, see :meth:`trained_modules`.
-            loss: The loss of a part, a scalar.
-            parts: Micro-batches; the update's gradient is the mean of theirs.
-        """
-        index, trained = next(
-            (i, t) for i, t in enumerate(self.trained_modules()) if t.name == name
-        )
-        optimizers = self.optimizers()
-        optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
-        assert isinstance(optimizer, LightningOptimizer)
-        optimizer.zero_grad()
-        for part in parts:
-            value = loss(part)
-            self.watch(value)
-            self.manual_backward(value / len(parts))
-        gradients = [p.grad for p in trained.module.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        self.log(f"grad_norm/{name}", norm)
-        if trained.clip is not None:
-            nn.utils.clip_grads_with_norm_(trained.module.parameters(), trained.clip, norm)
-        if index > 0:
-            _step_uncounted(optimizer)
-            return
-        optimizer.step()
-        self.student_stepped()
-
-    def step_schedules(self) -> None:
-        """Go on in all learning-rate schedules, once a batch and after its last update."""
-        schedulers = self.lr_schedulers()
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            if scheduler is not None:
-                scheduler.step()
-
-
-def _step_uncounted(optimizer: LightningOptimizer) -> None:
-    """Step an optimizer without a count in ``global_step``, which means student updates.
-
-    Lightning counts every step of every optimizer through these two hooks, and sets them anew for
-    each batch.
-    """
-    hooks = optimizer._on_before_step, optimizer._on_after_step
-    optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
-    try:
-        optimizer.step()
-    finally:
-        optimizer._on_before_step, optimizer._on_after_step = hooks
 
 
 def _is_plain(value: Any) -> bool:

@@ -14,8 +14,8 @@ from lit_distill.losses import (
     distribution_matching,
     surrogate_loss,
 )
+from lit_distill.methods.alternating import AlternatingDistillationModule
 from lit_distill.methods.base import (
-    AlternatingDistillationModule,
     Batch,
     Trained,
     as_denoiser,

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from tiny import trainer
 from torch import nn
 
+from lit_distill.datamodules.batches import FixedLoader
 from lit_distill.diffusion import (
     Denoiser,
     EDMDenoiser,
@@ -48,19 +49,18 @@ class Perceptron(nn.Module):
 
 
 class Points(LightningDataModule):
-    """Random batches of tensors in memory; how many was trained on says which comes next."""
+    """Random batches of tensors in memory, as many as there are steps."""
 
     def __init__(self, batch_size: int = 256, **tensors: torch.Tensor) -> None:
         super().__init__()
         self.tensors, self.batch_size = tensors, batch_size
 
     def train_dataloader(self):
-        items = next(iter(self.tensors.values()))
+        count = len(self.tensors["image"])
         generator = torch.Generator().manual_seed(0)
-        order = torch.randint(
-            len(items), (self.trainer.max_steps, self.batch_size), generator=generator
-        )
-        return [{name: t[rows] for name, t in self.tensors.items()} for rows in order]
+        size = (self.trainer.max_steps, self.batch_size)
+        rows = torch.randint(count, size, generator=generator)
+        return FixedLoader(lambda i: {name: t[i] for name, t in self.tensors.items()}, rows)
 
 
 def truth() -> GaussianMixtureDenoiser:
@@ -72,7 +72,9 @@ def pretrained(teacher, folder, width: int, steps: int) -> Denoiser:
     start = EDMDenoiser(network, 0.01, 10.0, sigma_data=0.7, time_scale=1.0)
     adam = partial(torch.optim.Adam, lr=2e-3)
     module = DiffusionTeacher(start, LogNormalSigma(-1.0, 1.5), optimizer=adam, ema_decay=0.99)
-    trainer(folder, max_steps=steps).fit(module, Points(image=teacher.draw(20_000)))
+    trainer(folder, max_steps=steps, limit_val_batches=0).fit(
+        module, Points(image=teacher.draw(20_000))
+    )
     return module.network
 
 
@@ -97,7 +99,7 @@ def distilled(folder, *, width, steps, before, pairs, ratio, ema_decay) -> torch
     )
     fresh = torch.randn(4_000, 2, generator=torch.Generator().manual_seed(1))
     assert not covers(module.generate(fresh), worst=1.0)  # the start is no generator yet
-    trainer(folder, max_steps=steps).fit(module, data)
+    trainer(folder, max_steps=steps, limit_val_batches=0).fit(module, data)
     return module.generate(fresh)
 
 
