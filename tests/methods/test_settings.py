@@ -8,7 +8,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import METHODS, Digits, denoiser, dmd_module, teacher_module, trainer
 from torch import nn
 
-from lit_distill.diffusion import Denoiser, EDMDenoiser
+from lit_distill.diffusion import (
+    Denoiser,
+    EDMDenoiser,
+    EpsilonDenoiser,
+    FlowDenoiser,
+    VelocityDenoiser,
+    sample,
+)
 from lit_distill.methods import DMD, DiffusionTeacher
 
 every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS.keys())
@@ -234,6 +241,22 @@ def test_labels_are_dropped_at_the_asked_rate(tmp_path):
     share = (labels == module.student.null_label).float().mean()
     assert len(labels) == 480 and 0.17 < share < 0.33  # four standard deviations
     assert set(labels.tolist()) == set(range(11))
+
+
+@pytest.mark.parametrize("kind", [EpsilonDenoiser, VelocityDenoiser, FlowDenoiser])
+def test_any_kind_of_denoiser_is_trained_and_distilled(kind, tmp_path):
+    noise, label = torch.randn(4, 1, 8, 8), torch.arange(4)
+    start = kind(denoiser().network).requires_grad_(False)
+    expected = sample(start, noise, steps=1, solver="euler", condition=label)
+    for module in (
+        DiffusionTeacher(kind(denoiser().network), solver="euler"),
+        DMD(kind(denoiser().network), "l2", guidance=1.5),
+    ):
+        assert torch.equal(module.generate(noise, label, 1), expected)
+        run = trainer(tmp_path, max_steps=2)
+        run.fit(module, Digits())
+        assert all(value.isfinite() for value in run.callback_metrics.values())
+        assert not torch.equal(module.generate(noise, label, 1), expected)
 
 
 def test_a_lowered_start_holds_for_the_student_alone(tmp_path):

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import tiny_network
+from tiny_networks import tiny_network
 
 from lit_distill.diffusion import (
     ConsistencyDenoiser,

@@ -24,7 +24,7 @@ from diffusers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import stock_unet
+from tiny_networks import stock_unet
 
 from lit_distill.diffusion import (
     ConsistencyDenoiser,

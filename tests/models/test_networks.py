@@ -5,7 +5,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import stock_unet, tiny_network
+from tiny_networks import stock_unet, tiny_network
 
 from lit_distill.diffusion import EDMDenoiser
 from lit_distill.models import UNet

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import tiny_network
+from tiny_networks import tiny_network
 
 from lit_distill.diffusion import (
     ConsistencyDenoiser,
