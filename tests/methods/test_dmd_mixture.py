@@ -51,7 +51,7 @@ class Perceptron(nn.Module):
 class Points(LightningDataModule):
     """Random batches of tensors in memory, as many as there are steps."""
 
-    def __init__(self, batch_size: int = 256, **tensors: torch.Tensor) -> None:
+    def __init__(self, batch_size: int, **tensors: torch.Tensor) -> None:
         super().__init__()
         self.tensors, self.batch_size = tensors, batch_size
 
@@ -73,18 +73,18 @@ def pretrained(teacher, folder, width: int, steps: int) -> Denoiser:
     adam = partial(torch.optim.Adam, lr=2e-3)
     module = DiffusionTeacher(start, LogNormalSigma(-1.0, 1.5), optimizer=adam, ema_decay=0.99)
     trainer(folder, max_steps=steps, limit_val_batches=0).fit(
-        module, Points(image=teacher.draw(20_000))
+        module, Points(256, image=teacher.draw(20_000))
     )
     return module.network
 
 
-def distilled(folder, *, width, steps, before, pairs, ratio, ema_decay) -> torch.Tensor:
-    """4,000 samples of a one-step generator."""
+def distilled(folder, *, width, steps, batch_size, before, pairs, ratio, ema_decay) -> torch.Tensor:
+    """10,000 samples of a one-step generator."""
     torch.manual_seed(0)
     teacher = truth()
     start = pretrained(teacher, folder, width, before)
     noise = torch.randn(pairs, 2)
-    data = Points(noise=noise, image=sample(teacher, noise, steps=18))
+    data = Points(batch_size, noise=noise, image=sample(teacher, noise, steps=18))
     module = DMD(
         teacher,
         "l2",
@@ -97,7 +97,7 @@ def distilled(folder, *, width, steps, before, pairs, ratio, ema_decay) -> torch
             o, lambda step: max(0.02, 1 - step / steps)
         ),
     )
-    fresh = torch.randn(4_000, 2, generator=torch.Generator().manual_seed(1))
+    fresh = torch.randn(10_000, 2, generator=torch.Generator().manual_seed(1))
     assert not covers(module.generate(fresh), worst=1.0)  # the start is no generator yet
     trainer(folder, max_steps=steps, limit_val_batches=0).fit(module, data)
     return module.generate(fresh)
@@ -155,18 +155,36 @@ def test_exact_ode_of_the_teacher_passes():
 
 def test_a_short_run_finds_all_modes(tmp_path):
     points = distilled(
-        tmp_path, width=64, steps=1_200, before=600, pairs=4_000, ratio=1, ema_decay=0.99
+        tmp_path,
+        width=64,
+        steps=1_200,
+        batch_size=256,
+        before=600,
+        pairs=4_000,
+        ratio=1,
+        ema_decay=0.99,
     )
     assert covers(points, worst=0.5), shares(points) / SHARES
     assert shares(points).sum() > 0.85
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1_200)
 def test_a_long_run_has_the_right_weights_and_passes_the_mmd_test(tmp_path):
     points = distilled(
-        tmp_path, width=128, steps=6_000, before=2_000, pairs=10_000, ratio=2, ema_decay=0.998
+        tmp_path,
+        width=128,
+        steps=6_000,
+        batch_size=512,
+        before=2_000,
+        pairs=10_000,
+        ratio=2,
+        ema_decay=0.998,
     )
-    statistic, quantile = permutation_test(points[:2_000], truth().draw(2_000))
-    print(f"weights / truth {shares(points) / SHARES}, MMD^2 {statistic:.5f} of {quantile:.5f}")
-    assert covers(points, worst=0.3), shares(points) / SHARES
-    assert statistic < quantile
+    print("weights / truth:", shares(points) / SHARES)
+    assert covers(points, worst=0.3)
+    # A true generator fails one test in twenty: the median of five leaves no room for that.
+    tests = [permutation_test(part, truth().draw(2_000)) for part in points.split(2_000)]
+    ratios = sorted(statistic / quantile for statistic, quantile in tests)
+    print("MMD^2 over its 95% quantile:", ratios)
+    assert ratios[2] < 1, f"the MMD test is missed by a factor of {ratios[2]:.2f} (median of 5)"
