@@ -17,14 +17,14 @@ def test_both_end_with_equal_weights(method, tmp_path, world):
     parts = ["--model.accumulate", "2"] if method == "dmd" else []
     result = run_alone(["fit", "--config", str(config), *parts])
     assert result.returncode == 0, result.stderr
-    first, second = (torch.load(root / f"rank{rank}.pt") for rank in range(2))
+    first, second = (torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert first.keys() == second.keys()
     trained = {name.split(".")[0] for name in first} & {"student", "fake_score", "ema"}
     assert trained == {"student", "ema"} | ({"fake_score"} if method == "dmd" else set())
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     # Equal as they were averaged, not as both saw the same: their batches and draws differ.
-    drawn = [torch.load(root / f"rank{rank}-draw.pt") for rank in range(2)]
+    drawn = [torch.load(root / f"rank{rank}-draw.pt", weights_only=True) for rank in range(2)]
     assert not torch.equal(*[draw["image"] for draw in drawn])
     assert not torch.equal(*[draw["random"] for draw in drawn])
     last = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
