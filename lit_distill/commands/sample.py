@@ -20,8 +20,9 @@ from lit_distill.diffusion import (
     Denoiser,
     EvaluationCounter,
     GuidedDenoiser,
+    drawn_noise,
     sample,
-    seeded_noise,
+    seeded_generators,
 )
 
 _VISIBLE = 56  # pixels; smaller images are magnified by a whole factor
@@ -56,7 +57,7 @@ def draw(
     seeds: list[int],
     *,
     steps: int,
-    solver: str = "heun",
+    solver: str | None = None,
     labels: Tensor | None = None,
     batch_size: int = 256,
     device: str | torch.device = "cpu",
@@ -67,7 +68,8 @@ def draw(
         denoiser: The model; it is moved to the device.
         seeds: Image i starts from the noise of ``seeds[i]``, however the run is batched.
         steps: Jumps of the solver.
-        solver: A name in ``lit_distill.diffusion.SOLVERS``.
+        solver: A name in ``lit_distill.diffusion.SOLVERS``; by default a student's own way, and
+            Heun's method for a teacher.
         labels: ``(N,)`` class labels of a conditional model.
         batch_size: Images at a time.
         device: Where to.
@@ -89,9 +91,17 @@ def draw(
         tqdm(total=len(seeds), desc="sampling", unit="image", disable=None) as bar,
     ):
         for row in rows:
-            noise = seeded_noise(shape, [seeds[int(i)] for i in row]).to(device)
+            generators = seeded_generators(seeds[int(i)] for i in row)
+            noise = drawn_noise(shape, generators).to(device)
             condition: Condition = None if labels is None else labels[row].to(device)
-            x = sample(denoiser, noise, steps=steps, solver=solver, condition=condition)
+            x = sample(
+                denoiser,
+                noise,
+                steps=steps,
+                solver=solver,
+                condition=condition,
+                generator=generators,
+            )
             images.append((x.float() / 2 + 0.5).clamp(0, 1).cpu())
             bar.update(len(row))
     seconds = time.perf_counter() - begin
@@ -118,7 +128,8 @@ def run_sample(args: list[str]) -> int:
 
     denoiser = load_denoiser(options.folder)
     labels = _labels(options.labels, options.num_images, denoiser)
-    steps, solver = _schedule(options.steps, options.solver, denoiser)
+    steps = options.steps or _default_steps(denoiser)
+    solver = options.solver or ("heun" if denoiser.few_steps is None else None)
     drawing = draw(
         _guided(denoiser, options.guidance),
         list(range(options.seed, options.seed + options.num_images)),
@@ -131,9 +142,9 @@ def run_sample(args: list[str]) -> int:
     _write(options.out, drawing.images, labels, options.seed)
     count, milliseconds = options.num_images, 1000 * drawing.seconds / options.num_images
     print(
-        f"{count} image{'s' * (count > 1)} by {steps} step{'s' * (steps > 1)} ({solver}), "
-        f"NFE {drawing.nfe}, {drawing.seconds:.2f} s ({milliseconds:.2f} ms an image): "
-        f"{options.out}"
+        f"{count} image{'s' * (count > 1)} by {steps} step{'s' * (steps > 1)} "
+        f"({solver or 'its own jumps'}), NFE {drawing.nfe}, {drawing.seconds:.2f} s "
+        f"({milliseconds:.2f} ms an image): {options.out}"
     )
     return 0
 
@@ -173,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--solver",
         choices=list(SOLVERS),
-        help="[heun for a teacher, euler (plain jumps) for a student]",
+        help="[heun for a teacher, its own jumps for a student]",
     )
     add("--batch-size", type=int, default=256, metavar="N", help="images at a time [%(default)s]")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... [a GPU where there is one]")
@@ -208,15 +219,9 @@ def _labels(text: str | None, count: int, denoiser: Denoiser) -> Tensor | None:
     return torch.tensor(asked).repeat(-(-count // len(asked)))[:count]
 
 
-def _schedule(steps: int | None, solver: str | None, denoiser: Denoiser) -> tuple[int, str]:
-    """Steps and solver where the user leaves them open."""
-    trained = denoiser.trained_steps
-    if trained is None:
-        return steps or _TEACHER_STEPS, solver or "heun"
-    if steps is not None and steps not in trained:
-        known = ", ".join(map(str, trained))
-        tqdm.write(f"Note: this student was trained for {known} step(s), not for {steps}.")
-    return steps or trained[0], solver or "euler"
+def _default_steps(denoiser: Denoiser) -> int:
+    few = denoiser.few_steps
+    return _TEACHER_STEPS if few is None else few.trained[0]
 
 
 def _guided(denoiser: Denoiser, scale: float) -> Denoiser:

@@ -7,6 +7,9 @@ else; solvers, losses and methods see denoisers only.
 
 import hashlib
 import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +39,68 @@ def labels_of(condition: Condition) -> Tensor | None:
     return condition.get("label") if isinstance(condition, dict) else condition
 
 
+def told(denoiser: "Denoiser", condition: Condition, **values: Tensor) -> Condition:
+    """Add to a condition those of the values ``(B,)`` that the denoiser's network takes.
+
+    Args:
+        denoiser: The model that will be asked.
+        condition: Labels or named tensors.
+        values: ``to_sigma`` (the level a jump goes to), ``steps`` (of the run), ``guidance``.
+    """
+    wanted = {name: value for name, value in values.items() if name in denoiser.inputs}
+    if not wanted:
+        return condition
+    known = condition if isinstance(condition, dict) else {"label": condition}
+    return {**{k: v for k, v in known.items() if v is not None}, **wanted}
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """How a student is sampled: by jumps between the levels that it was trained for.
+
+    Attributes:
+        trained: Numbers of steps (evaluations) that it was trained for; the first is the default.
+        grids: Descending levels to jump between, one grid for each number of steps. A number
+            without one takes the denoiser's own, :meth:`Denoiser.sigmas`.
+        only: Refuse all numbers of steps that were not trained.
+        gamma: Share of fresh noise between the jumps (Kim et al. 2024, Algorithm 3): 0 none, 1
+            all, as consistency models do.
+        analytical_first_step: The first jump costs no evaluation, see
+            :func:`lit_distill.diffusion.solve`; a grid has one jump more than it has steps.
+    """
+
+    trained: Sequence[int]
+    grids: Sequence[Sequence[float]] = ()
+    only: bool = False
+    gamma: float = 0.0
+    analytical_first_step: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trained", tuple(self.trained))
+        object.__setattr__(self, "grids", tuple(tuple(grid) for grid in self.grids))
+
+    def grid(self, steps: int) -> Tensor | None:
+        """The levels of a number of steps, float64, or None where the denoiser's own are meant.
+
+        Raises:
+            ValueError: If the student refuses this number.
+        """
+        if steps not in self.trained:
+            known = ", ".join(map(str, self.trained))
+            if self.only:
+                raise ValueError(
+                    f"steps={steps}: this student jumps between the levels it was trained for, "
+                    f"and samples in {known} step(s) only."
+                )
+            # The default filter shows it once, however many batches are sampled.
+            warnings.warn(
+                f"This student was trained for {known} step(s), not for {steps}.", stacklevel=4
+            )
+        length = steps + 1 + self.analytical_first_step
+        found = next((grid for grid in self.grids if len(grid) == length), None)
+        return None if found is None else torch.tensor(found, dtype=torch.float64)
+
+
 class Denoiser(nn.Module):
     """Estimates ``x0`` from ``x = x0 + sigma * noise``.
 
@@ -45,8 +110,9 @@ class Denoiser(nn.Module):
         image_shape: Shape of one sample, or None where any will do.
         num_classes: Number of classes of a conditional model, or None.
         null_label: The label that stands for "no label", or None.
-        trained_steps: Step counts that a student was trained for; None for a teacher, whose
-            count is free.
+        few_steps: How a student is sampled; None for a teacher, whose solver and steps are free.
+        inputs: Further conditions that the network takes: ``to_sigma``, ``steps``, ``guidance``.
+        floor: Noise level that is left in its estimate of ``x0``.
     """
 
     sigma_min: float
@@ -54,7 +120,9 @@ class Denoiser(nn.Module):
     image_shape: tuple[int, ...] | None = None
     num_classes: int | None = None
     null_label: int | None = None
-    trained_steps: tuple[int, ...] | None = None
+    few_steps: FewSteps | None = None
+    inputs: tuple[str, ...] = ()
+    floor: float = 0.0
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise.
@@ -76,6 +144,15 @@ class Denoiser(nn.Module):
     def sigmas(self, steps: int) -> Tensor:
         """The model's own grid: ``(steps + 1,)`` descending levels that end at 0, float64."""
         return karras_sigmas(steps, self.sigma_min, self.sigma_max)
+
+    def grid(self, steps: int) -> Tensor:
+        """The levels of a sampling run: those of the student's training, else its own.
+
+        Raises:
+            ValueError: If the student was not trained for this number of steps and refuses it.
+        """
+        grid = None if self.few_steps is None else self.few_steps.grid(steps)
+        return self.sigmas(steps) if grid is None else grid
 
     def signal_scale(self, sigma: Tensor) -> Tensor:
         """Factor of the coordinate ``scale * x``, at time ``scale * sigma``, to step in.
@@ -131,6 +208,8 @@ class Denoiser(nn.Module):
         """SHA-256 (hex) over the class, its settings and all weights."""
         digest = hashlib.sha256(type(self).__name__.encode())
         digest.update(json.dumps(self.settings(), sort_keys=True).encode())
+        if self.few_steps is not None:
+            digest.update(json.dumps(asdict(self.few_steps), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -152,13 +231,31 @@ class NetworkDenoiser(Denoiser):
         self.num_classes = getattr(network, "num_classes", None)
         self.null_label = getattr(network, "null_label", None)
 
-    def predict(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """Evaluate the network in its own precision; the result comes back in that of ``x``."""
+    @property
+    def inputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Further conditions that the network takes."""
+        return tuple(getattr(self.network, "inputs", ()))
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The network's time at ``sigma`` (B,)."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Evaluate the network in its own precision; the result comes back in that of ``x``.
+
+        A second level is given to the network as a time; left out, it is the first one, as for a
+        jump of no length.
+        """
         weight = next(self.network.parameters(), None)
         # Under autocast the weights stay float32, and so does the state between the passes.
         dtype = x.dtype if weight is None else weight.dtype
         # Never in bfloat16, which cannot tell neighbouring times apart.
-        time = time.to(torch.promote_types(dtype, torch.float32))
+        precision = torch.promote_types(dtype, torch.float32)
+        time = self.time(sigma).to(precision)
+        if "to_sigma" in self.inputs:
+            given = condition.get("to_sigma", sigma) if isinstance(condition, dict) else sigma
+            to_time = self.time(given.clamp_min(self.sigma_min)).to(precision)
+            condition = told(self, condition, to_sigma=to_time)
         return self.network(x.to(dtype), time, condition).to(x.dtype)
 
 
@@ -175,7 +272,8 @@ class GuidedDenoiser(Denoiser):
         self.denoiser, self.scale = denoiser, scale
         self.sigma_min, self.sigma_max = denoiser.sigma_min, denoiser.sigma_max
         self.image_shape, self.num_classes = denoiser.image_shape, denoiser.num_classes
-        self.null_label, self.trained_steps = denoiser.null_label, denoiser.trained_steps
+        self.null_label, self.few_steps = denoiser.null_label, denoiser.few_steps
+        self.inputs, self.floor = denoiser.inputs, denoiser.floor
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`.

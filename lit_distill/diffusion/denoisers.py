@@ -53,8 +53,11 @@ class EDMDenoiser(NetworkDenoiser):
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`."""
         c_skip, c_out, c_in = (like(c, x) for c in self.scalings(sigma))
-        time = self.time_scale / 4 * sigma.log()
-        return c_skip * x + c_out * self.predict(c_in * x, time, condition)
+        return c_skip * x + c_out * self.predict(c_in * x, sigma, condition)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """``time_scale ln(sigma) / 4``."""
+        return self.time_scale / 4 * sigma.log()
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """``1 / c_out^2`` (Karras et al. 2022, Table 1)."""
@@ -94,7 +97,7 @@ class ConsistencyDenoiser(EDMDenoiser):
         num_timesteps: int = 40,
     ) -> None:
         super().__init__(network, sigma_min, sigma_max, sigma_data, time_scale)
-        self.num_timesteps = num_timesteps
+        self.num_timesteps, self.floor = num_timesteps, sigma_min
 
     def sigmas(self, steps: int) -> Tensor:
         """Every ``num_timesteps // steps``-th level of the Karras grid, from the top; then 0.
@@ -204,7 +207,7 @@ class EpsilonDenoiser(_TableDenoiser):
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`."""
         scaled = x * like((1 + wide(sigma) ** 2).rsqrt(), x)
-        return x - like(sigma, x) * self.predict(scaled, self.time(sigma), condition)
+        return x - like(sigma, x) * self.predict(scaled, sigma, condition)
 
 
 class VelocityDenoiser(_TableDenoiser):
@@ -213,7 +216,7 @@ class VelocityDenoiser(_TableDenoiser):
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`."""
         alpha = like((1 + wide(sigma) ** 2).rsqrt(), x)
-        v = self.predict(alpha * x, self.time(sigma), condition)
+        v = self.predict(alpha * x, sigma, condition)
         return alpha * (alpha * x - like(sigma, x) * v)
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
@@ -240,6 +243,10 @@ class FlowDenoiser(NetworkDenoiser):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def time(self, sigma: Tensor) -> Tensor:
+        """``1000 t``, with ``t`` in [0, 1]."""
+        return 1000 * self.path_time(sigma)
+
+    def path_time(self, sigma: Tensor) -> Tensor:
         """``t`` in [0, 1] at ``sigma``; exactly 1 from 1e6 on."""
         t = wide(sigma) / (1 + wide(sigma))
         return torch.where(sigma >= _PURE_NOISE, torch.ones_like(t), t)
@@ -247,8 +254,8 @@ class FlowDenoiser(NetworkDenoiser):
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`."""
         scaled = x * like(self.signal_scale(sigma), x)
-        t = self.time(sigma)
-        return scaled - like(t, x) * self.predict(scaled, 1000 * t, condition)
+        t = self.path_time(sigma)
+        return scaled - like(t, x) * self.predict(scaled, sigma, condition)
 
     def start(self, noise: Tensor) -> Tensor:
         """The network's first input is the noise itself, as in a stock pipeline at ``t = 1``."""
@@ -260,7 +267,7 @@ class FlowDenoiser(NetworkDenoiser):
 
     def schedule(self, u: Tensor) -> Tensor:
         """Uniform in ``t``."""
-        t = wide(u) * float(self.time(torch.tensor(self.sigma_max)))
+        t = wide(u) * float(self.path_time(torch.tensor(self.sigma_max)))
         return (t / (1 - t)).clamp(self.sigma_min, self.sigma_max)  # t = 1 gives infinity
 
     def sigmas(self, steps: int) -> Tensor:
@@ -272,7 +279,7 @@ class FlowDenoiser(NetworkDenoiser):
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """``1 / t^2``."""
-        return 1 / self.time(sigma) ** 2
+        return 1 / self.path_time(sigma) ** 2
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""

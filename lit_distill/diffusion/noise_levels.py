@@ -25,7 +25,17 @@ def seeded_noise(shape: tuple[int, ...], seeds: Iterable[int]) -> Tensor:
     Returns:
         ``(len(seeds), *shape)``, float32, on the CPU.
     """
-    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+    return drawn_noise(shape, seeded_generators(seeds))
+
+
+def seeded_generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One generator on the CPU for each seed."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def drawn_noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    """Draw unit noise ``(len(generators), *shape)``, each row from its own generator."""
+    rows = [torch.randn(shape, generator=generator) for generator in generators]
     return torch.stack(rows) if rows else torch.empty((0, *shape))
 
 
@@ -83,6 +93,30 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
         )
     u = torch.linspace(1, 0, num_steps, dtype=torch.float64)
     return torch.cat([rho_levels(u, sigma_min, sigma_max, rho), u.new_zeros(1)])
+
+
+def refined(sigmas: Tensor, parts: int, rho: float = 7.0) -> Tensor:
+    """Cut each jump of a grid into ``parts``, uniformly in ``sigma ** (1 / rho)``.
+
+    Args:
+        sigmas: ``(S,)`` descending levels.
+        parts: Jumps instead of one, at least 1.
+        rho: Curvature, 7 as in :func:`karras_sigmas`.
+
+    Returns:
+        ``((S - 1) * parts + 1,)`` levels, float64; every ``parts``-th is one of ``sigmas``.
+
+    Raises:
+        ValueError: If ``parts`` is below 1.
+    """
+    if parts < 1:
+        raise ValueError(f"A jump of a grid cannot be cut into {parts} parts: 1 is the least.")
+    nodes = wide(sigmas)
+    roots = nodes ** (1 / rho)
+    share = torch.arange(parts, dtype=nodes.dtype, device=nodes.device) / parts
+    levels = (roots[:-1, None] + share * (roots[1:] - roots[:-1])[:, None]) ** rho
+    levels[:, 0] = nodes[:-1]  # exactly: methods compare levels
+    return torch.cat([levels.flatten(), nodes[-1:]])
 
 
 def check_steps(num_steps: int) -> None:

@@ -13,11 +13,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lit_distill.diffusion.contract import Condition, Denoiser, like
+from lit_distill.diffusion.contract import Condition, Denoiser, like, told
 from lit_distill.diffusion.noise_levels import check_steps, placed
 
 Callback = Callable[[int, Tensor, Tensor], None]
 """Called after each jump with its number, the state before it and the denoiser's estimate there."""
+
+
+Generators = torch.Generator | list[torch.Generator] | None
+"""Where noise comes from: one generator for each sample, one for all, or the global one."""
 
 
 class Solver(Protocol):
@@ -126,7 +130,112 @@ def dpmpp_2m(
     return x
 
 
-SOLVERS: dict[str, Solver] = {"euler": euler, "ddim": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+def dpm_2(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    condition: Condition = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DPM-Solver-2 (Lu et al. 2022, Algorithm 1) of order 2, two evaluations a step.
+
+    The slope is taken in the middle of the step in ``lambda = -ln(sigma)``. A step to 0 is Euler's.
+    """
+    for i, (sigma, to_sigma) in enumerate(pairwise(sigmas)):
+        x0 = denoiser(x, sigma, condition)
+        if callback is not None:
+            callback(i, x, x0)
+        ends = to_sigma == 0
+        ahead = jump(x, x0, sigma, to_sigma)
+        # Looked at on the last step only: on a GPU the look waits for all work before it.
+        if i < len(sigmas) - 2 or not bool(ends.all()):
+            middle = torch.where(ends, sigma, (sigma * to_sigma).sqrt())
+            halfway = jump(x, x0, sigma, middle)
+            slope = (halfway - denoiser(halfway, middle, condition)) / like(middle, x)
+            ahead = torch.where(like(ends, x).bool(), ahead, x + like(to_sigma - sigma, x) * slope)
+        x = ahead
+    return x
+
+
+def dpmpp_3m(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    condition: Condition = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DPM-Solver++(3M) (Lu et al. 2022) in its published form, one evaluation a step.
+
+    Its last coefficient belongs to half the second difference, so that on grids like Karras' its
+    measured order is 2; it is kept since that form does better at few steps. The first steps are
+    of lower order, and so is one to 0.
+    """
+    past: list[Tensor] = []
+    lengths: list[Tensor] = []
+    for i, (sigma, to_sigma) in enumerate(pairwise(sigmas)):
+        x0 = denoiser(x, sigma, condition)
+        if callback is not None:
+            callback(i, x, x0)
+        length = (sigma / to_sigma).log()
+        change = torch.zeros_like(x)
+        if len(past) == 1:
+            change = (x0 - past[0]) * like(length / (2 * lengths[0]), x)
+        elif len(past) == 2:
+            recent, older = (like(before / length, x) for before in lengths)
+            first, before = (x0 - past[0]) / recent, (past[0] - past[1]) / older
+            second = (first - before) / (recent + older)
+            first = first + recent * second
+            shrink = torch.expm1(-length)  # to_sigma / sigma - 1
+            weight = shrink / length + 1
+            weight_2 = (shrink + length) / length**2 - 0.5
+            change = (like(weight, x) * first - like(weight_2, x) * second) / like(-shrink, x)
+        estimate = torch.where(like(to_sigma, x) > 0, x0 + change, x0)
+        x = jump(x, estimate, sigma, to_sigma)
+        past, lengths = [x0, *past[:1]], [length, *lengths[:1]]
+    return x
+
+
+_ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+def ipndm(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    condition: Condition = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Improved PNDM (Zhang & Chen 2023) up to four slopes, one evaluation a step.
+
+    Adams-Bashforth's coefficients, which are those of equal steps: on other grids the order is 2.
+    """
+    slopes: list[Tensor] = []
+    for i, (sigma, to_sigma) in enumerate(pairwise(sigmas)):
+        x0 = denoiser(x, sigma, condition)
+        if callback is not None:
+            callback(i, x, x0)
+        slopes = [(x - x0) / like(sigma, x), *slopes[:3]]
+        coefficients = _ADAMS_BASHFORTH[len(slopes) - 1]
+        slope = sum((c * s for c, s in zip(coefficients, slopes, strict=True)), torch.zeros_like(x))
+        slope = torch.where(like(to_sigma, x) > 0, slope, slopes[0])
+        x = x + like(to_sigma - sigma, x) * slope
+    return x
+
+
+SOLVERS: dict[str, Solver] = {
+    "euler": euler,
+    "ddim": euler,
+    "heun": heun,
+    "dpm_2": dpm_2,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "ipndm": ipndm,
+}
 """Solvers by name. All of them are deterministic."""
 
 
@@ -134,6 +243,38 @@ def check_solver(solver: str) -> None:
     """Raise a ``ValueError`` unless ``solver`` is a name in :data:`SOLVERS`."""
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}.")
+
+
+class _AnalyticalFirst(Denoiser):
+    """Answers the first question by a formula, and hands on all others."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser, self._first = denoiser, True
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
+        """Denoise."""
+        if not self._first:
+            return self.denoiser(x, sigma, condition)
+        self._first = False
+        return analytical_x0(x, sigma)
+
+    def signal_scale(self, sigma: Tensor) -> Tensor:
+        """As the denoiser's."""
+        return self.denoiser.signal_scale(sigma)
+
+
+def analytical_x0(x: Tensor, sigma: Tensor) -> Tensor:
+    """What a denoiser would answer far above the data's own spread, without asking it.
+
+    There the direction ``(x - D) / sigma`` is ``x / sqrt(1 + sigma^2)`` for data of unit variance
+    (the *analytical first step*, Dockhorn et al. 2022; Zhou et al. 2024).
+
+    Args:
+        x: ``(B, *shape)``, the state.
+        sigma: ``(B,)``, its level, large.
+    """
+    return x - like(sigma * (1 + sigma**2).rsqrt(), x) * x
 
 
 def solve(
@@ -144,6 +285,7 @@ def solve(
     solver: str = "heun",
     condition: Condition = None,
     callback: Callback | None = None,
+    analytical_first_step: bool = False,
 ) -> Tensor:
     """Carry a state along the probability-flow ODE over a grid of noise levels.
 
@@ -154,6 +296,8 @@ def solve(
         solver: A name in :data:`SOLVERS`.
         condition: Passed to the denoiser.
         callback: Called after each evaluation that starts a jump.
+        analytical_first_step: Put a formula in the place of the first evaluation, see
+            :func:`analytical_x0`.
 
     Returns:
         ``(B, *shape)``, the state at ``sigmas[-1]``.
@@ -176,7 +320,8 @@ def solve(
             "only the last level may be 0."
         )
     grid = placed(sigmas, x.device).expand(-1, len(x))
-    return SOLVERS[solver](denoiser, x, grid, condition, callback)
+    asked = _AnalyticalFirst(denoiser) if analytical_first_step else denoiser
+    return SOLVERS[solver](asked, x, grid, condition, callback)
 
 
 def sample(
@@ -184,59 +329,93 @@ def sample(
     noise: Tensor,
     *,
     steps: int,
-    solver: str = "heun",
+    solver: str | None = None,
     condition: Condition = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Generate from unit noise on the denoiser's own grid.
 
     Args:
         denoiser: The model.
         noise: ``(B, *shape)``, unit noise, see :func:`seeded_noise`.
-        steps: Number of jumps.
-        solver: A name in :data:`SOLVERS`.
+        steps: Number of evaluations of a student, of jumps of a solver.
+        solver: A name in :data:`SOLVERS`; by default a student's own way (:func:`few_step`), and
+            Heun's method for a teacher.
         condition: Passed to the denoiser.
+        generator: Source of the noise that some students add between jumps, see
+            :func:`few_step`.
 
     Returns:
         ``(B, *shape)``, samples in the data's range.
     """
-    x, sigmas = denoiser.start(noise), denoiser.sigmas(steps)
-    return solve(denoiser, x, sigmas, solver=solver, condition=condition)
+    x, sigmas, few = denoiser.start(noise), denoiser.grid(steps), denoiser.few_steps
+    if solver is not None or few is None:
+        return solve(denoiser, x, sigmas, solver=solver or "heun", condition=condition)
+    return few_step(
+        denoiser,
+        x,
+        sigmas,
+        gamma=few.gamma,
+        analytical_first_step=few.analytical_first_step,
+        condition=condition,
+        generator=generator,
+    )
 
 
-def consistency_sampling(
+def few_step(
     denoiser: Denoiser,
     x: Tensor,
     sigmas: Tensor,
     *,
+    gamma: float = 0.0,
+    analytical_first_step: bool = False,
     condition: Condition = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
 ) -> Tensor:
-    """Stochastic multistep sampling of consistency models (Song et al. 2023, Algorithm 1).
+    """Sample a student: jump from level to level, or lower and back up by fresh noise.
 
-    Jump to the data, add noise of the next level, jump again.
+    A jump to ``s`` first goes to ``sqrt(1 - gamma^2) s`` and adds the rest as noise (Kim et al.
+    2024, Algorithm 3): with ``gamma = 0`` there is none, ``gamma = 1`` is the multistep sampling of
+    consistency models (Song et al. 2023, Algorithm 1). A network that takes the level it jumps to,
+    or the number of steps, is told.
 
     Args:
-        denoiser: A consistency model.
+        denoiser: A student.
         x: ``(B, *shape)``, the state at ``sigmas[0]``.
-        sigmas: ``(S,)`` descending levels at which the model is asked; a final 0 is ignored.
+        sigmas: ``(S,)`` descending levels; only the last may be 0.
+        gamma: Share of fresh noise between the jumps, in [0, 1].
+        analytical_first_step: The first jump is by :func:`analytical_x0`.
         condition: Passed to the denoiser.
         generator: Source of the added noise; a list has one for each sample, so that they do not
             depend on their batch.
 
     Returns:
-        ``(B, *shape)``, samples in the data's range.
+        ``(B, *shape)``, the state at ``sigmas[-1]``.
+
+    Raises:
+        ValueError: If ``gamma`` is no share.
     """
-    levels = sigmas[sigmas > 0]
-    check_steps(len(levels))
-    for i, level in enumerate(levels):
-        if i > 0:
-            spread = (level**2 - denoiser.sigma_min**2).clamp_min(0).sqrt()
-            x = x + float(spread) * _noise_like(x, generator)
-        x = denoiser(x, placed(level, x.device).expand(len(x)), condition)
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma={gamma} is no share of fresh noise: it lies between 0 and 1.")
+    count, jumps = len(x), len(sigmas) - 1
+    check_steps(jumps - analytical_first_step)
+    steps = torch.full((count,), jumps - int(analytical_first_step), device=x.device)
+    sigmas = sigmas.cpu()  # where looking at them costs no wait
+    for i, (sigma, to_sigma) in enumerate(pairwise(sigmas)):
+        lower = (1 - gamma**2) ** 0.5 * to_sigma if i < jumps - 1 else to_sigma
+        level, target = (placed(s, x.device).expand(count) for s in (sigma, lower))
+        if i == 0 and analytical_first_step:
+            x0 = analytical_x0(x, level)
+        else:
+            x0 = denoiser(x, level, told(denoiser, condition, to_sigma=target, steps=steps))
+        x = jump(x, x0, level, target)
+        missing = to_sigma**2 - lower**2 - denoiser.floor**2
+        if missing > 0:
+            x = x + float(missing.sqrt()) * _noise_like(x, generator)
     return x
 
 
-def _noise_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+def _noise_like(x: Tensor, generator: Generators) -> Tensor:
     """Unit noise, drawn where the generator lives, as diffusers' pipelines do."""
     if isinstance(generator, list):
         rows = zip(x.split(1), generator, strict=True)

@@ -95,7 +95,13 @@ class AlternatingDistillationModule(DistillationModule):
         self.student_stepped()
 
     def step_schedules(self) -> None:
-        """Go on in all learning-rate schedules, once a batch and after its last update."""
+        """Go on in all learning-rate schedules, once a student update and after it.
+
+        Not beyond ``max_steps``, which the last batch of a method with several updates a batch may
+        pass: some schedules refuse to.
+        """
+        if 0 <= self.trainer.max_steps < self.trainer.global_step:
+            return
         schedulers = self.lr_schedulers()
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             if scheduler is not None:

@@ -18,7 +18,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lit_distill.diffusion import Condition, Denoiser, EvaluationCounter, check_solver, sample
+from lit_distill.diffusion import (
+    Condition,
+    Denoiser,
+    EvaluationCounter,
+    Generators,
+    check_solver,
+    sample,
+)
 from lit_distill.models import load_denoiser
 
 Batch = dict[str, Tensor]
@@ -52,7 +59,8 @@ class DistillationModule(LightningModule):
         ema_decay: Decay of the average of the student's weights that is sampled and exported.
             It warms up as ``(1 + n) / (10 + n)`` after ``n`` updates.
         steps: Steps of a sampling run where none are asked for.
-        solver: Solver of a sampling run, see :func:`lit_distill.diffusion.solve`.
+        solver: Solver of a sampling run, see :func:`lit_distill.diffusion.sample`; by default a
+            student's own way.
         compile: Compile the networks with ``torch.compile``.
         channels_last: Keep weights in the channels-last layout (faster convolutions on GPUs).
 
@@ -74,11 +82,12 @@ class DistillationModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         ema_decay: float = 0.999,
         steps: int = 1,
-        solver: str = "euler",
+        solver: str | None = None,
         compile: bool = False,
         channels_last: bool = False,
     ) -> None:
-        check_solver(solver)  # not first when the training is over
+        if solver is not None:
+            check_solver(solver)  # not first when the training is over
         super().__init__()
         self.student = student
         self.teacher = teacher
@@ -102,7 +111,11 @@ class DistillationModule(LightningModule):
 
     @torch.no_grad()
     def generate(
-        self, noise: Tensor, condition: Condition = None, steps: int | None = None
+        self,
+        noise: Tensor,
+        condition: Condition = None,
+        steps: int | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Make samples with the averaged weights.
 
@@ -110,6 +123,8 @@ class DistillationModule(LightningModule):
             noise: ``(B, *shape)``, unit noise, see :func:`lit_distill.diffusion.seeded_noise`.
             condition: Labels ``(B,)`` or named tensors.
             steps: Number of steps; the module's own by default.
+            generator: Source of the noise that some students add between steps; a list has one
+                for each sample.
 
         Returns:
             ``(B, *shape)`` in about [-1, 1].
@@ -120,6 +135,7 @@ class DistillationModule(LightningModule):
             steps=self.steps if steps is None else steps,
             solver=self.solver,
             condition=condition,
+            generator=generator,
         )
 
     def preview(self, noise: Tensor, condition: Condition = None) -> dict[str, Tensor]:
@@ -128,7 +144,7 @@ class DistillationModule(LightningModule):
 
     def sampling_record(self) -> dict[str, Any]:
         """How ``generate`` samples: what a set of stored pairs says about its origin."""
-        precision = str(self.trainer.precision)
+        precision, few = str(self.trainer.precision), self.network.few_steps
         with EvaluationCounter(self.network) as counter:
             shape = self.network.image_shape or ()
             zeros = torch.zeros((1, *shape), device=self.device)
@@ -136,13 +152,13 @@ class DistillationModule(LightningModule):
             self.generate(zeros, None if self.network.num_classes is None else label)
         return {
             "teacher": self.network.fingerprint(),
-            "solver": self.solver,
+            "solver": self.solver or "heun" if few is None else self.solver or "few_step",
             "steps": self.steps,
             "nfe": counter.calls,
             "sigma_min": self.network.sigma_min,
             "sigma_max": self.network.sigma_max,
             "dtype": precision.replace("32-true", "float32"),
-            "deterministic": True,
+            "deterministic": few is None or few.gamma == 0 or self.solver is not None,
         }
 
     def trained_modules(self) -> list["Trained"]:

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lit_distill.diffusion import Condition, Denoiser, GuidedDenoiser, sample
+from lit_distill.diffusion import Condition, Denoiser, FewSteps, GuidedDenoiser, sample
 from lit_distill.losses import (
     Distance,
     as_distance,
@@ -113,7 +113,7 @@ class DMD(AlternatingDistillationModule):
         generator = copy_of(frozen if student is None else as_denoiser(student))
         if generator_sigma is not None:
             generator.start_from(generator_sigma)
-        generator.trained_steps = (1,)
+        generator.few_steps = FewSteps(trained=(1,))
         super().__init__(
             generator,
             frozen,
@@ -191,7 +191,7 @@ class DMD(AlternatingDistillationModule):
 
     def one_step(self, noise: Tensor, condition: Condition) -> Tensor:
         """The student's samples from unit noise."""
-        return sample(self.student, noise, steps=1, solver="euler", condition=condition)
+        return sample(self.student, noise, steps=1, condition=condition)
 
     def draw_sigma(self, count: int) -> Tensor:
         """Noise levels, uniform in ``noise_range`` of the teacher's time."""

@@ -1,7 +1,16 @@
 """Networks, and denoisers in diffusers folders."""
 
+from lit_distill.models.condition_embedding import ConditionEmbedding
+from lit_distill.models.conditioning import ModulatedNetwork, add_inputs
 from lit_distill.models.loading import load_denoiser
 from lit_distill.models.networks import UNet
 from lit_distill.models.saving import save_denoiser
 
-__all__ = ["UNet", "load_denoiser", "save_denoiser"]
+__all__ = [
+    "ConditionEmbedding",
+    "ModulatedNetwork",
+    "UNet",
+    "add_inputs",
+    "load_denoiser",
+    "save_denoiser",
+]

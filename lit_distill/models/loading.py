@@ -16,6 +16,7 @@ from lit_distill.diffusion import (
     ConsistencyDenoiser,
     EDMDenoiser,
     EpsilonDenoiser,
+    FewSteps,
     FlowDenoiser,
     NetworkDenoiser,
     VelocityDenoiser,
@@ -150,10 +151,10 @@ def _from_sidecar(unet: UNet2DModel, sidecar: dict[str, Any], file: Path) -> Net
     network = UNet.wrap(unet, sidecar.get("num_classes"), sidecar.get("null_label"))
     try:
         denoiser = _CLASSES[name](network, **sidecar.get("settings", {}))
+        few_steps = sidecar.get("few_steps")
+        denoiser.few_steps = None if few_steps is None else FewSteps(**few_steps)
     except TypeError as error:
         raise ValueError(f"{file} is no description of a {name} ({error}).") from error
-    steps = sidecar.get("steps")
-    denoiser.trained_steps = None if steps is None else tuple(steps)
     return denoiser
 
 
@@ -175,7 +176,9 @@ def _from_scheduler(unet: UNet2DModel, folder: Path) -> NetworkDenoiser:
         _expect(scheduler, folder, "prediction_type", "epsilon")
         return EDMDenoiser(network, **levels, time_scale=1.0)
     if name == "CMStochasticIterativeScheduler":
-        return ConsistencyDenoiser(network, **levels, num_timesteps=config.num_train_timesteps)
+        model = ConsistencyDenoiser(network, **levels, num_timesteps=config.num_train_timesteps)
+        model.few_steps = FewSteps(trained=(1, 2), gamma=1.0)
+        return model
     if not hasattr(scheduler, "betas") or not hasattr(scheduler, "alphas_cumprod"):
         raise _unknown(name, folder)
     prediction = config.get("prediction_type", "epsilon")

@@ -6,6 +6,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from lit_distill.diffusion import Condition, labels_of
+from lit_distill.models.condition_embedding import ConditionEmbedding
 
 
 class UNet(nn.Module):
@@ -26,7 +27,8 @@ class UNet(nn.Module):
         options: Any other argument of ``UNet2DModel``; these win.
 
     Raises:
-        ValueError: If the image cannot be halved as often as the levels ask.
+        ValueError: If the image cannot be halved as often as the levels ask, or the widths do not
+            fit the normalisation or the attention.
     """
 
     def __init__(
@@ -49,6 +51,18 @@ class UNet(nn.Module):
                 f"image_size={image_size} cannot be halved {halvings} times: give fewer "
                 "block_out_channels, or images of another size."
             )
+        narrow = [width for width in widths if width % norm_num_groups]
+        if narrow:
+            raise ValueError(
+                f"block_out_channels={widths} must be multiples of norm_num_groups="
+                f"{norm_num_groups}."
+            )
+        head = (options or {}).get("attention_head_dim", 8)
+        if (options or {}).get("add_attention", True) and head is not None and widths[-1] < head:
+            raise ValueError(
+                f"The last of block_out_channels={widths} is less than attention_head_dim={head}: "
+                "give more channels, or options: {add_attention: false}."
+            )
         attends = [level in (attention_levels or []) for level in range(len(widths))]
         arguments: dict[str, Any] = {
             "sample_size": image_size,
@@ -70,12 +84,17 @@ class UNet(nn.Module):
         size = unet.config.sample_size
         sides = (size, size) if isinstance(size, int) else size
         self.unet = unet
+        self.conditions: ConditionEmbedding | None = None
         self.image_shape = None if sides is None else (unet.config.in_channels, *sides)
         self.num_classes, self.null_label = classes, null_label
 
     @classmethod
     def wrap(
-        cls, unet: UNet2DModel, num_classes: int | None = None, null_label: int | None = None
+        cls,
+        unet: UNet2DModel,
+        num_classes: int | None = None,
+        null_label: int | None = None,
+        conditions: ConditionEmbedding | None = None,
     ) -> "UNet":
         """Take over a ``UNet2DModel`` made elsewhere.
 
@@ -83,12 +102,50 @@ class UNet(nn.Module):
             unet: The network.
             num_classes: Its classes; by default all that it embeds.
             null_label: The one that stands for "no label", if it has one.
+            conditions: Embedding of its further conditions, where it takes any.
         """
         network = cls.__new__(cls)
         nn.Module.__init__(network)
         classes = unet.config.num_class_embeds if num_classes is None else num_classes
         network._adopt(unet, classes, null_label)
+        network.conditions = conditions
         return network
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Further conditions that the network takes."""
+        return () if self.conditions is None else tuple(self.conditions.config.inputs)
+
+    def add_inputs(self, inputs: tuple[str, ...]) -> None:
+        """Let the network take further conditions; until it is trained they change nothing.
+
+        Raises:
+            ValueError: If the network's place for them is taken.
+        """
+        old, kind = self.unet, self.unet.config.class_embed_type
+        if self.conditions is None and kind is not None:
+            raise ValueError(
+                f"This UNet2DModel embeds its class as {kind!r}, which leaves no place for "
+                f"{', '.join(inputs)}: use a network with plain classes or none."
+            )
+        labels = old.class_embedding if self.conditions is None else self.conditions.label
+        conditions = ConditionEmbedding(
+            width=old.time_embedding.linear_2.out_features,
+            inputs=(*self.inputs, *inputs),
+            num_labels=None if labels is None else labels.num_embeddings,
+        )
+        if self.conditions is not None:
+            conditions.load_state_dict(self.conditions.state_dict(), strict=False)
+        elif labels is not None:
+            conditions.label.load_state_dict(labels.state_dict())
+        config = {**old.config, "class_embed_type": "identity", "num_class_embeds": None}
+        unet = UNet2DModel.from_config(config)
+        unet.load_state_dict(
+            {k: v for k, v in old.state_dict().items() if not k.startswith("class_embedding.")}
+        )
+        weight = next(old.parameters())
+        self.unet = unet.to(weight.device, weight.dtype).train(old.training)
+        self.conditions = conditions.to(weight.device, weight.dtype).train(old.training)
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition = None) -> Tensor:
         """Evaluate at ``x`` (B, C, H, W) and ``time`` (B,), with labels (B,) where it takes any.
@@ -104,4 +161,9 @@ class UNet(nn.Module):
                 f"This network is conditional on {self.num_classes} classes and got no labels: "
                 "use data with labels, or an unconditional network."
             )
+        if self.conditions is not None:
+            given = dict(condition) if isinstance(condition, dict) else {}
+            if labels is not None:
+                given["label"] = labels
+            labels = self.conditions(len(x), given)
         return self.unet(x, time, class_labels=labels, return_dict=False)[0]

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from diffusers import (
@@ -54,7 +55,7 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
         "settings": denoiser.settings(),
         "num_classes": denoiser.num_classes,
         "null_label": denoiser.null_label,
-        "steps": denoiser.trained_steps,
+        "few_steps": None if denoiser.few_steps is None else asdict(denoiser.few_steps),
     }
     target = Path(folder).absolute()
     _check_replaceable(target)
