@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
@@ -138,14 +139,18 @@ class UNet(nn.Module):
             conditions.load_state_dict(self.conditions.state_dict(), strict=False)
         elif labels is not None:
             conditions.label.load_state_dict(labels.state_dict())
-        config = {**old.config, "class_embed_type": "identity", "num_class_embeds": None}
-        unet = UNet2DModel.from_config(config)
+        config = {k: v for k, v in old.config.items() if not k.startswith("_")}
+        config |= {"class_embed_type": "identity", "num_class_embeds": None}
+        unet = UNet2DModel(**config)
         unet.load_state_dict(
             {k: v for k, v in old.state_dict().items() if not k.startswith("class_embedding.")}
         )
         weight = next(old.parameters())
-        self.unet = unet.to(weight.device, weight.dtype).train(old.training)
-        self.conditions = conditions.to(weight.device, weight.dtype).train(old.training)
+        for module in (unet, conditions):
+            module.train(old.training).to(weight.device)
+            if weight.dtype != torch.float32:  # said only where needed: diffusers warns of it
+                module.to(weight.dtype)
+        self.unet, self.conditions = unet, conditions
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition = None) -> Tensor:
         """Evaluate at ``x`` (B, C, H, W) and ``time`` (B,), with labels (B,) where it takes any.
