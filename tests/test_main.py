@@ -348,7 +348,7 @@ class TestErrors:
             (["--model.init_args.bogus", "1"], 2, "Option 'bogus' is not accepted"),
             ([NETWORK + "bogus", "1"], 2, "Option 'bogus' is not accepted"),
             (["--data", "lit_distill.datamodules.Foo"], 2, "has no attribute 'Foo'"),
-            ([NETWORK + "norm_num_groups", "3"], 1, "must be divisible by num_groups (3)"),
+            ([NETWORK + "norm_num_groups", "3"], 1, "must be multiples of norm_num_groups=3"),
             (["--data.init_args.batch_size", "0"], 1, "batch_size=0"),
             (["--model.init_args.denoiser", "nope/at/all"], 1, "There is no folder nope/at/all"),
             (["--trainer.accelerator", "nope"], 1, "nope"),

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,20 +17,39 @@ class ExportPipeline(Callback):
 
     The folder holds the averaged weights of the best checkpoint where a checkpoint callback
     watches a metric, else those of the last step. It is the teacher of the next stage and opens
-    in stock diffusers.
+    in stock diffusers. A module whose ``milestone()`` names a folder, such as that of a stage
+    (``stage-4-steps``), gets its averaged weights of that moment written to
+    ``<run folder>/<name>/`` too.
 
     Args:
-        folder: Another place to write to.
+        folder: Another place to write the end to.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
 
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Export a milestone, where the module names one."""
+        if not _exports(trainer):
+            return
+        name = getattr(pl_module, "milestone", lambda: None)()
+        if name is not None:
+            folder = Path(trainer.default_root_dir) / name
+            save_denoiser(_copy(pl_module), folder)
+            print(f"Exported the weights of this stage to {folder}")
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export."""
-        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        if not _exports(trainer):
             return
-        denoiser = copy.deepcopy(cast(Denoiser, pl_module.network))
+        denoiser = _copy(pl_module)
         best = _best_checkpoint(trainer)
         if best is not None:
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
@@ -38,8 +57,18 @@ class ExportPipeline(Callback):
             weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             denoiser.load_state_dict(weights)
         folder = self.folder or Path(trainer.default_root_dir) / "pipeline"
-        save_denoiser(denoiser.cpu(), folder)
+        save_denoiser(denoiser, folder)
         print(f"Exported {'the best' if best else 'the last'} weights to {folder}")
+
+
+def _exports(trainer: Trainer) -> bool:
+    """Whether this process writes: one does, and none in a run that only looks for errors."""
+    return trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
+
+
+def _copy(module: LightningModule) -> Denoiser:
+    """What the module samples with, on the CPU."""
+    return copy.deepcopy(cast(Denoiser, module.network)).cpu()
 
 
 def _best_checkpoint(trainer: Trainer) -> str | None:

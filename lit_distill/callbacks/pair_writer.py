@@ -27,11 +27,13 @@ from lit_distill.datamodules.pairs_folder import (
 class PairWriter(Callback):
     """Writes each batch of ``predict`` as one shard, and a manifest that vouches for all of them.
 
-    The module's ``predict_step`` returns ``{"index", "noise", "image", "label"?}``, and its
+    The module's ``predict_step`` returns ``{"index", "noise", "image", "label"?, "trajectory"?}``
+    (``trajectory`` (B, S, C, H, W): states on the way from noise to image), and its
     ``sampling_record()`` says how: ``teacher`` (fingerprint), ``solver``, ``steps``, ``nfe``,
-    ``sigma_min``, ``sigma_max``, ``dtype`` and ``deterministic``. A shard gets its name when it is
-    whole, so a run that was stopped in any way goes on at the first missing shard when the same
-    command is given again. Any number of processes writes the same files.
+    ``sigma_min``, ``sigma_max``, ``dtype``, ``deterministic`` and maybe ``trajectory``. A shard
+    gets its name when it is whole, so a run that was stopped in any way goes on at the first
+    missing shard when the same command is given again. Any number of processes writes the same
+    files.
 
     Args:
         folder: Where to write; it is made if it does not exist.
@@ -79,6 +81,8 @@ class PairWriter(Callback):
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         if "label" in outputs:
             tensors["label"] = outputs["label"]
+        if "trajectory" in outputs:
+            tensors["trajectory"] = outputs["trajectory"].float()
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(self.folder / shard_name(number), safetensors.torch.save(on_cpu))
 

@@ -6,7 +6,8 @@ from pathlib import Path
 LAST = Path("checkpoints") / "last.ckpt"
 BEST = Path("checkpoints") / "best.ckpt"
 CONFIG = "config.yaml"
-_RESULTS = ("checkpoints/*.ckpt", "pipeline/*", "metrics.json")
+_STAGES = "stage-*/model_index.json"  # exported on the way, see ExportPipeline
+_RESULTS = ("checkpoints/*.ckpt", "pipeline/*", _STAGES, "metrics.json")
 _PARTS = ("checkpoints", "pipeline", "samples", "metrics.json", "comparison.png", "hparams.yaml")
 _EVENTS = "events.out.tfevents.*"
 
@@ -88,7 +89,8 @@ def written(root: Path) -> list[Path]:
         root: The run folder.
     """
     parts = (root / name for name in _PARTS)
-    return [path for path in parts if path.exists()] + sorted(root.glob(_EVENTS))
+    stages = sorted(path.parent for path in root.glob(_STAGES))
+    return [path for path in parts if path.exists()] + stages + sorted(root.glob(_EVENTS))
 
 
 def remove(paths: list[Path]) -> None:

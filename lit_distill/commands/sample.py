@@ -2,8 +2,12 @@
 
 import argparse
 import os
+import sys
 import time
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_distill.commands.errors import one_line
 from lit_distill.diffusion import (
     SOLVERS,
     Condition,
@@ -67,7 +72,7 @@ def draw(
     Args:
         denoiser: The model; it is moved to the device.
         seeds: Image i starts from the noise of ``seeds[i]``, however the run is batched.
-        steps: Jumps of the solver.
+        steps: Evaluations of a student, jumps of a solver.
         solver: A name in ``lit_distill.diffusion.SOLVERS``; by default a student's own way, and
             Heun's method for a teacher.
         labels: ``(N,)`` class labels of a conditional model.
@@ -126,19 +131,21 @@ def run_sample(args: list[str]) -> int:
     _check(options)
     from lit_distill.models import load_denoiser  # here, as diffusers takes seconds to import
 
-    denoiser = load_denoiser(options.folder)
-    labels = _labels(options.labels, options.num_images, denoiser)
-    steps = options.steps or _default_steps(denoiser)
-    solver = options.solver or ("heun" if denoiser.few_steps is None else None)
-    drawing = draw(
-        _guided(denoiser, options.guidance),
-        list(range(options.seed, options.seed + options.num_images)),
-        steps=steps,
-        solver=solver,
-        labels=labels,
-        batch_size=options.batch_size,
-        device=_device(options.device),
-    )
+    with _notes():
+        denoiser = load_denoiser(options.folder)
+        labels = _labels(options.labels, options.num_images, denoiser)
+        steps = options.steps or _default_steps(denoiser)
+        solver = options.solver or ("heun" if denoiser.few_steps is None else None)
+        _set_gamma(denoiser, options.gamma)
+        drawing = draw(
+            _guided(denoiser, options.guidance),
+            list(range(options.seed, options.seed + options.num_images)),
+            steps=steps,
+            solver=solver,
+            labels=labels,
+            batch_size=options.batch_size,
+            device=_device(options.device),
+        )
     _write(options.out, drawing.images, labels, options.seed)
     count, milliseconds = options.num_images, 1000 * drawing.seconds / options.num_images
     print(
@@ -173,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"jumps [what a student was trained for; {_TEACHER_STEPS} for a teacher]",
     )
+    add(
+        "--gamma",
+        type=float,
+        metavar="G",
+        help="share of fresh noise between a student's jumps, 0 to 1 [as it was trained]",
+    )
     add("--labels", metavar="L", help="classes to cycle through: 0,1,2 or all [all]")
     add(
         "--guidance",
@@ -201,6 +214,30 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least 1.")
     if options.seed < 0:
         raise ValueError(f"--seed {options.seed}: it must not be negative.")
+    if options.gamma is not None and not 0 <= options.gamma <= 1:
+        raise ValueError(f"--gamma {options.gamma}: a share of noise lies between 0 and 1.")
+    if options.gamma is not None and options.solver is not None:
+        raise ValueError(
+            f"--gamma {options.gamma} is for a student's own jumps, and --solver {options.solver} "
+            "takes their place: give one of them."
+        )
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Tell each warning once, as one line without the place in the sources that it came from."""
+    told: set[str] = set()
+
+    def tell(message: Warning | str, *place: Any, **more: Any) -> None:
+        text = one_line(message) if isinstance(message, Warning) else message
+        if text not in told:
+            told.add(text)
+            tqdm.write(f"lit-distill: note: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = tell
+        yield
 
 
 def _labels(text: str | None, count: int, denoiser: Denoiser) -> Tensor | None:
@@ -222,6 +259,18 @@ def _labels(text: str | None, count: int, denoiser: Denoiser) -> Tensor | None:
 def _default_steps(denoiser: Denoiser) -> int:
     few = denoiser.few_steps
     return _TEACHER_STEPS if few is None else few.trained[0]
+
+
+def _set_gamma(denoiser: Denoiser, gamma: float | None) -> None:
+    """Let a student add another share of fresh noise between its jumps."""
+    if gamma is None:
+        return
+    if denoiser.few_steps is None:
+        raise ValueError(
+            f"--gamma {gamma}: this folder holds a teacher, which a solver samples without fresh "
+            "noise; leave --gamma out."
+        )
+    denoiser.few_steps = replace(denoiser.few_steps, gamma=gamma)
 
 
 def _guided(denoiser: Denoiser, scale: float) -> Denoiser:

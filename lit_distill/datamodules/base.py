@@ -141,10 +141,14 @@ class ImageDataModule(LightningDataModule):
         return FixedLoader(self._noise, left[rank::world_size])
 
     def check_teacher(self, denoiser: Denoiser) -> None:
-        """Check that a teacher fits the data.
+        """Check that a teacher fits the data, and that it made them where one did."""
+        self.check_model(denoiser)
+
+    def check_model(self, denoiser: Denoiser) -> None:
+        """Check that a model fits the data.
 
         Args:
-            denoiser: The teacher; what it leaves open (None) fits.
+            denoiser: A teacher or a student; what it leaves open (None) fits.
 
         Raises:
             ValueError: If its images have another shape, or it knows other classes.

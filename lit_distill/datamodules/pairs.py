@@ -22,7 +22,8 @@ class PairsDataModule(ImageDataModule):
 
     Training batches are ``{"index": (B,) int64, "noise": (B, C, H, W) unit noise, "image": (B, C,
     H, W) the end of the teacher's ODE, "label": (B,) int64}``, without ``label`` for unconditional
-    pairs. All pairs are kept in memory; each shard's checksum is verified once, when it is read.
+    pairs, and with ``"trajectory": (B, S, C, H, W)`` where states on the way were written. All
+    pairs are kept in memory; each shard's checksum is verified once, when it is read.
 
     Args:
         data: The data that the teacher was trained on.
@@ -68,6 +69,11 @@ class PairsDataModule(ImageDataModule):
     def load(self, split: Split) -> Images:
         """Read one split of the real data."""
         return self.data.images(split)
+
+    @property
+    def trajectory(self) -> dict[str, Any] | None:
+        """How the stored trajectories were made; None where the pairs have none."""
+        return None if self._manifest is None else self._manifest.trajectory
 
     def check_teacher(self, denoiser: Denoiser) -> None:
         """Check that a teacher fits the data and, once they are read, that it made the pairs.

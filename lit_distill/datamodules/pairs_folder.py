@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -44,6 +45,7 @@ class Manifest:
         num_classes: Number of classes, or None for unconditional pairs.
         num_pairs: Number of pairs in all.
         shard_size: Pairs a shard; the last may be smaller. One shard was computed as one batch.
+        trajectory: How the states between noise and image were made, where they are stored too.
         shards: The written shards, once ``complete``.
         complete: Whether all shards are there, with their checksums.
         format: Version of this format.
@@ -61,6 +63,7 @@ class Manifest:
     num_classes: int | None
     num_pairs: int
     shard_size: int
+    trajectory: dict[str, Any] | None = None
     shards: list[Shard] = field(default_factory=list)
     complete: bool = False
     format: int = FORMAT

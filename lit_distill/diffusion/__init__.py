@@ -27,7 +27,9 @@ from lit_distill.diffusion.noise_levels import (
     drawn_noise,
     karras_sigmas,
     linear_betas,
+    placed,
     refined,
+    rho_grid,
     rho_levels,
     seeded_generators,
     seeded_noise,
@@ -35,6 +37,7 @@ from lit_distill.diffusion.noise_levels import (
     sigmas_from_alphas_cumprod,
     timestep_to_sigma,
     trailing_timesteps,
+    wide,
 )
 from lit_distill.diffusion.solvers import (
     SOLVERS,
@@ -78,7 +81,9 @@ __all__ = [
     "labels_of",
     "like",
     "linear_betas",
+    "placed",
     "refined",
+    "rho_grid",
     "rho_levels",
     "sample",
     "seeded_generators",
@@ -89,4 +94,5 @@ __all__ = [
     "timestep_to_sigma",
     "told",
     "trailing_timesteps",
+    "wide",
 ]

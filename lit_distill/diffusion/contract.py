@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -67,6 +68,9 @@ class FewSteps:
             all, as consistency models do.
         analytical_first_step: The first jump costs no evaluation, see
             :func:`lit_distill.diffusion.solve`; a grid has one jump more than it has steps.
+
+    Raises:
+        ValueError: If these are no numbers of steps, no levels or no share.
     """
 
     trained: Sequence[int]
@@ -78,6 +82,22 @@ class FewSteps:
     def __post_init__(self) -> None:
         object.__setattr__(self, "trained", tuple(self.trained))
         object.__setattr__(self, "grids", tuple(tuple(grid) for grid in self.grids))
+        if not self.trained or min(self.trained) < 1:
+            raise ValueError(
+                f"trained={list(self.trained)} are no numbers of steps: name at least one, each "
+                "of at least 1."
+            )
+        for grid in self.grids:
+            falls = all(after < before for before, after in pairwise(grid))
+            if len(grid) < 2 or not falls or grid[-1] < 0:
+                raise ValueError(
+                    f"{list(grid)} is no grid of a student: its levels descend, from the first to "
+                    "the last, which may be 0."
+                )
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(
+                f"gamma={self.gamma} is no share of fresh noise: it lies between 0 and 1."
+            )
 
     def grid(self, steps: int) -> Tensor | None:
         """The levels of a number of steps, float64, or None where the denoiser's own are meant.
@@ -151,8 +171,11 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: If the student was not trained for this number of steps and refuses it.
         """
-        grid = None if self.few_steps is None else self.few_steps.grid(steps)
-        return self.sigmas(steps) if grid is None else grid
+        if self.few_steps is None:
+            return self.sigmas(steps)
+        grid = self.few_steps.grid(steps)
+        free = int(self.few_steps.analytical_first_step)  # a jump that is no step
+        return self.sigmas(steps + free) if grid is None else grid
 
     def signal_scale(self, sigma: Tensor) -> Tensor:
         """Factor of the coordinate ``scale * x``, at time ``scale * sigma``, to step in.

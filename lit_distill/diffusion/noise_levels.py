@@ -95,6 +95,34 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
     return torch.cat([rho_levels(u, sigma_min, sigma_max, rho), u.new_zeros(1)])
 
 
+def rho_grid(
+    num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0, end: float | None = None
+) -> Tensor:
+    """Grid of ``num_steps`` jumps whose nodes are uniform in ``sigma ** (1 / rho)`` to the end.
+
+    Unlike :func:`karras_sigmas`, which adds a last jump from ``sigma_min`` to 0, so that all jumps
+    of a short grid do their share.
+
+    Args:
+        num_steps: Number of jumps, at least 1.
+        sigma_min: Where the spacing ends.
+        sigma_max: The first level.
+        rho: Curvature.
+        end: A level to put in the place of the last, for example 0.
+
+    Returns:
+        ``(num_steps + 1,)`` descending levels, float64.
+
+    Raises:
+        ValueError: If the count or the range is impossible.
+    """
+    check_steps(num_steps)
+    levels = karras_sigmas(num_steps + 1, sigma_min, sigma_max, rho)[:-1]
+    if end is not None:
+        levels[-1] = end
+    return levels
+
+
 def refined(sigmas: Tensor, parts: int, rho: float = 7.0) -> Tensor:
     """Cut each jump of a grid into ``parts``, uniformly in ``sigma ** (1 / rho)``.
 

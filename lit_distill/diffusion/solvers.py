@@ -150,9 +150,12 @@ def dpm_2(
         # Looked at on the last step only: on a GPU the look waits for all work before it.
         if i < len(sigmas) - 2 or not bool(ends.all()):
             middle = torch.where(ends, sigma, (sigma * to_sigma).sqrt())
-            halfway = jump(x, x0, sigma, middle)
-            slope = (halfway - denoiser(halfway, middle, condition)) / like(middle, x)
-            ahead = torch.where(like(ends, x).bool(), ahead, x + like(to_sigma - sigma, x) * slope)
+            x0_middle = denoiser(jump(x, x0, sigma, middle), middle, condition)
+            # The x0 whose jump has the slope of the middle: a flow's float32 state, of 1e6, would
+            # lose the image in ``x + (to_sigma - sigma) slope``.
+            estimate = x0 + like(sigma / middle, x) * (x0_middle - x0)
+            corrected = jump(x, estimate, sigma, to_sigma)
+            ahead = torch.where(like(ends, x).bool(), ahead, corrected)
         x = ahead
     return x
 
@@ -176,7 +179,9 @@ def dpmpp_3m(
         x0 = denoiser(x, sigma, condition)
         if callback is not None:
             callback(i, x, x0)
-        length = (sigma / to_sigma).log()
+        # Any finite length will do for a step to 0, which takes none of what follows: an infinite
+        # one would leave NaNs in the gradient.
+        length = torch.where(to_sigma > 0, (sigma / to_sigma).log(), 1.0)
         change = torch.zeros_like(x)
         if len(past) == 1:
             change = (x0 - past[0]) * like(length / (2 * lengths[0]), x)
@@ -221,9 +226,13 @@ def ipndm(
             callback(i, x, x0)
         slopes = [(x - x0) / like(sigma, x), *slopes[:3]]
         coefficients = _ADAMS_BASHFORTH[len(slopes) - 1]
-        slope = sum((c * s for c, s in zip(coefficients, slopes, strict=True)), torch.zeros_like(x))
-        slope = torch.where(like(to_sigma, x) > 0, slope, slopes[0])
-        x = x + like(to_sigma - sigma, x) * slope
+        # The coefficients add up to 1, so that only differences to the newest slope remain. They
+        # go into x0, since a flow's float32 state, of 1e6, would lose the image.
+        change = torch.zeros_like(x)
+        for coefficient, slope in zip(coefficients[1:], slopes[1:], strict=True):
+            change = change + coefficient * (slope - slopes[0])
+        estimate = torch.where(like(to_sigma, x) > 0, x0 - like(sigma, x) * change, x0)
+        x = jump(x, estimate, sigma, to_sigma)
     return x
 
 
@@ -314,14 +323,20 @@ def solve(
             "(S,) or (S, B) with S >= 2 is needed."
         )
     # Looked at where a look is free: on a GPU it would wait for all work before it.
-    if sigmas.device.type == "cpu" and not bool((sigmas[:-1] > 0).all()):
+    if sigmas.device.type == "cpu":
+        _check_positive(sigmas)
+    grid = placed(sigmas, x.device).expand(-1, len(x))
+    asked = _AnalyticalFirst(denoiser) if analytical_first_step else denoiser
+    return SOLVERS[solver](asked, x, grid, condition, callback)
+
+
+def _check_positive(sigmas: Tensor) -> None:
+    """Raise a ``ValueError`` if a level but the last is 0."""
+    if not bool((sigmas[:-1] > 0).all()):
         raise ValueError(
             "sigmas has a level that is not above 0 before its end: the ODE stops at 0, so that "
             "only the last level may be 0."
         )
-    grid = placed(sigmas, x.device).expand(-1, len(x))
-    asked = _AnalyticalFirst(denoiser) if analytical_first_step else denoiser
-    return SOLVERS[solver](asked, x, grid, condition, callback)
 
 
 def sample(
@@ -350,7 +365,14 @@ def sample(
     """
     x, sigmas, few = denoiser.start(noise), denoiser.grid(steps), denoiser.few_steps
     if solver is not None or few is None:
-        return solve(denoiser, x, sigmas, solver=solver or "heun", condition=condition)
+        return solve(
+            denoiser,
+            x,
+            sigmas,
+            solver=solver or "heun",
+            condition=condition,
+            analytical_first_step=few is not None and few.analytical_first_step,
+        )
     return few_step(
         denoiser,
         x,
@@ -393,14 +415,17 @@ def few_step(
         ``(B, *shape)``, the state at ``sigmas[-1]``.
 
     Raises:
-        ValueError: If ``gamma`` is no share.
+        ValueError: If ``gamma`` is no share or the levels are no grid.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma={gamma} is no share of fresh noise: it lies between 0 and 1.")
+    if sigmas.ndim != 1:
+        raise ValueError(f"sigmas of shape {tuple(sigmas.shape)} is no grid of a student: (S,) is.")
     count, jumps = len(x), len(sigmas) - 1
     check_steps(jumps - analytical_first_step)
     steps = torch.full((count,), jumps - int(analytical_first_step), device=x.device)
     sigmas = sigmas.cpu()  # where looking at them costs no wait
+    _check_positive(sigmas)
     for i, (sigma, to_sigma) in enumerate(pairwise(sigmas)):
         lower = (1 - gamma**2) ** 0.5 * to_sigma if i < jumps - 1 else to_sigma
         level, target = (placed(s, x.device).expand(count) for s in (sigma, lower))

@@ -2,7 +2,28 @@
 
 from lit_distill.methods.alternating import AlternatingDistillationModule
 from lit_distill.methods.base import DistillationModule
+from lit_distill.methods.consistency import ConsistencyDistillation
+from lit_distill.methods.consistency_training import ConsistencyTraining
+from lit_distill.methods.ctm import ConsistencyTrajectory
 from lit_distill.methods.dmd import DMD
+from lit_distill.methods.knowledge import KnowledgeDistillation
+from lit_distill.methods.multi_boundary import MultiBoundaryConsistencyDistillation
+from lit_distill.methods.progressive import ProgressiveDistillation
+from lit_distill.methods.sfd import SFD
 from lit_distill.methods.teacher import DiffusionTeacher
+from lit_distill.methods.trajectory import TrajectoryDistillation
 
-__all__ = ["DMD", "AlternatingDistillationModule", "DiffusionTeacher", "DistillationModule"]
+__all__ = [
+    "DMD",
+    "SFD",
+    "AlternatingDistillationModule",
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
+    "ConsistencyTrajectory",
+    "DiffusionTeacher",
+    "DistillationModule",
+    "KnowledgeDistillation",
+    "MultiBoundaryConsistencyDistillation",
+    "ProgressiveDistillation",
+    "TrajectoryDistillation",
+]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lit_distill.diffusion import Denoiser
@@ -41,14 +42,30 @@ class AlternatingDistillationModule(DistillationModule):
         """Refuse float16, whose scaled gradients could not be clipped; prepare as the base does.
 
         Raises:
-            ValueError: If the trainer's precision is a float16 one.
+            ValueError: If the trainer's precision is a float16 one, or its strategy expects every
+                backward pass to reach all networks.
         """
         if stage == "fit" and str(self.trainer.precision).startswith("16"):
             raise ValueError(
                 f"precision={self.trainer.precision} does not work with several optimizers: use "
                 "bf16-mixed or 32-true (option trainer.precision)."
             )
+        if stage == "fit" and len(self.trained_modules()) > 1:
+            self._check_strategy()
         super().setup(stage)
+
+    def _check_strategy(self) -> None:
+        strategy = self.trainer.strategy
+        if self.trainer.world_size == 1 or not isinstance(strategy, DDPStrategy):
+            return
+        options = strategy._ddp_kwargs
+        if not options.get("find_unused_parameters") and not options.get("static_graph"):
+            names = " and ".join(trained.name for trained in self.trained_modules())
+            raise ValueError(
+                f"{type(self).__name__} trains {names} in turn, so that a backward pass reaches "
+                "one of them only, for which DDP has to look: set strategy to "
+                "ddp_find_unused_parameters_true (option trainer.strategy)."
+            )
 
     def split(self, batch: Batch) -> list[Batch]:
         """Cut a batch into ``accumulate`` micro-batches.

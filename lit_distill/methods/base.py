@@ -23,7 +23,9 @@ from lit_distill.diffusion import (
     Denoiser,
     EvaluationCounter,
     Generators,
+    NetworkDenoiser,
     check_solver,
+    like,
     sample,
 )
 from lit_distill.models import load_denoiser
@@ -78,7 +80,7 @@ class DistillationModule(LightningModule):
         student: Denoiser,
         teacher: Denoiser | None = None,
         *,
-        optimizer: OptimizerCallable,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         ema_decay: float = 0.999,
         steps: int = 1,
@@ -161,9 +163,24 @@ class DistillationModule(LightningModule):
             "deterministic": few is None or few.gamma == 0 or self.solver is not None,
         }
 
+    def milestone(self) -> str | None:
+        """Name of a folder that the averaged weights of this moment are exported to, if any.
+
+        Asked after each batch; the weights of the end are exported anyway.
+        """
+        return None
+
+    def drawn_for_all(self, count: int) -> int:
+        """Draw a number below ``count`` for this step, the same in all processes."""
+        return int(self._seeds(0).integers(count))
+
     def trained_modules(self) -> list["Trained"]:
         """What is trained, the student first."""
         return [Trained("student", self.student, self.optimizer, self.lr_scheduler)]
+
+    def teachers(self) -> list[Denoiser]:
+        """Whose evaluations in training count as the teacher's."""
+        return [] if self.teacher is None else [self.teacher]
 
     def frozen_modules(self) -> tuple[str, ...]:
         """Names of submodules that never change and are therefore left out of checkpoints."""
@@ -187,9 +204,12 @@ class DistillationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data against the teacher, and prepare the networks for speed."""
-        check_teacher = getattr(getattr(self.trainer, "datamodule", None), "check_teacher", None)
-        if stage == "fit" and check_teacher is not None:
-            check_teacher(self.teacher if self.teacher is not None else self.student)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and hasattr(data, "check_teacher"):
+            if self.teacher is None:
+                data.check_model(self.student)
+            else:
+                data.check_teacher(self.teacher)
         if self.channels_last:
             self.to(memory_format=torch.channels_last)
         if self.compile_networks:
@@ -218,8 +238,9 @@ class DistillationModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Start to count the teacher's evaluations, in training mode: not those of callbacks."""
-        if self.teacher is not None:
-            self._counter = EvaluationCounter(self.teacher, when=lambda: self.training)
+        if teachers := self.teachers():
+            watched = cast(Denoiser, nn.ModuleList(teachers))  # it looks at modules only
+            self._counter = EvaluationCounter(watched, when=lambda: self.training)
             self._counter.__enter__()
 
     def on_fit_end(self) -> None:
@@ -231,9 +252,7 @@ class DistillationModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the step by (seed, step, rank), so that a resumed run draws what it would have."""
-        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        entropy = (int(os.environ.get("PL_GLOBAL_SEED", "0")), step, self.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        torch.manual_seed(int(self._seeds(1 + self.global_rank).integers(2**63)))
         self._step_began = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -295,6 +314,11 @@ class DistillationModule(LightningModule):
 
     # --- Inside ---------------------------------------------------------------------------------
 
+    def _seeds(self, stream: int) -> np.random.Generator:
+        """Random numbers of this step that a resumed run draws again."""
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        return np.random.default_rng((int(os.environ.get("PL_GLOBAL_SEED", "0")), step, stream))
+
     def _average(self, averaged: Any, current: Any, count: Tensor | int) -> None:
         """Move the average by ``1 - decay`` towards the student."""
         n = int(count)
@@ -352,3 +376,34 @@ def _is_plain(value: Any) -> bool:
 def copy_of(denoiser: Denoiser) -> Denoiser:
     """A trainable copy of a frozen model."""
     return copy.deepcopy(denoiser).requires_grad_(True)
+
+
+def student_of(teacher: Denoiser, start: str | Denoiser | None = None) -> Denoiser:
+    """A trainable student that starts as the teacher, or as another model.
+
+    Args:
+        teacher: The teacher.
+        start: A denoiser of any size, or a folder or hub id of one; the teacher if None.
+    """
+    student = copy_of(teacher if start is None else as_denoiser(start))
+    student.few_steps = None  # the method will say how it is sampled
+    return student
+
+
+def network_of(denoiser: Denoiser) -> NetworkDenoiser:
+    """The same model, known to have a network.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if not isinstance(denoiser, NetworkDenoiser):
+        raise ValueError(
+            f"A {type(denoiser).__name__} has no network that a student could start as: give the "
+            "option student."
+        )
+    return denoiser
+
+
+def noised(x0: Tensor, sigma: Tensor) -> Tensor:
+    """Data ``(B, *shape)`` with fresh noise of the levels ``sigma`` (B,)."""
+    return x0 + like(sigma, x0) * torch.randn_like(x0)

@@ -35,8 +35,9 @@ class ConditionEmbedding(ModelMixin, ConfigMixin):
         self.label = None if num_labels is None else nn.Embedding(num_labels, width)
         self.numbers = nn.ModuleDict({name: TimestepEmbedding(_WAVES, width) for name in inputs})
         for embedding in self.numbers.values():
-            nn.init.zeros_(embedding.linear_2.weight)
-            nn.init.zeros_(embedding.linear_2.bias)
+            last: nn.Linear = embedding.linear_2  # type: ignore[assignment]
+            for weight in last.parameters():
+                nn.init.zeros_(weight)
 
     def forward(self, count: int, condition: dict[str, Tensor]) -> Tensor:
         """Embed what is given; a number that is left out adds nothing.

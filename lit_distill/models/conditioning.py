@@ -1,6 +1,7 @@
 """Further conditions of a network: the level a jump goes to, the number of steps, the guidance."""
 
 import warnings
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
@@ -20,26 +21,34 @@ def add_inputs(denoiser: NetworkDenoiser, inputs: tuple[str, ...]) -> None:
     Args:
         denoiser: The model.
         inputs: Names, of ``to_sigma``, ``steps`` and ``guidance``.
+
+    Raises:
+        ValueError: If the network has no place for them.
     """
     new = tuple(name for name in inputs if name not in denoiser.inputs)
     if not new:
         return
-    if hasattr(denoiser.network, "add_inputs"):
-        denoiser.network.add_inputs(new)
+    own_way: Any = getattr(denoiser.network, "add_inputs", None)
+    if own_way is not None:
+        own_way(new)
         return
-    warnings.warn(
-        f"{type(denoiser.network).__name__} cannot take {', '.join(new)} by itself: it is wrapped, "
-        "so that they scale and shift the channels of its input and output. Such a student has no "
-        "diffusers folder.",
-        stacklevel=2,
-    )
     shape = denoiser.image_shape
     if shape is None:
         raise ValueError(
             f"{type(denoiser.network).__name__} does not say its image_shape, so that it cannot "
             f"be given {', '.join(new)}: set the attribute, or use lit_distill.models.UNet."
         )
-    denoiser.network = ModulatedNetwork(denoiser.network, shape[0], new)
+    warnings.warn(
+        f"{type(denoiser.network).__name__} cannot take {', '.join(new)} by itself: it is wrapped, "
+        "so that they scale and shift the channels of its input and output. Such a student has no "
+        "diffusers folder.",
+        stacklevel=2,
+    )
+    wrapped = ModulatedNetwork(denoiser.network, shape[0], new)
+    weight = next(denoiser.network.parameters(), None)
+    if weight is not None:
+        wrapped.modulation.to(weight.device)
+    denoiser.network = wrapped.train(denoiser.network.training)
 
 
 class ModulatedNetwork(nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import ModelMixin, SchedulerMixin, UNet2DModel
 
 from lit_distill.diffusion import (
     ConsistencyDenoiser,
@@ -21,6 +21,7 @@ from lit_distill.diffusion import (
     NetworkDenoiser,
     VelocityDenoiser,
 )
+from lit_distill.models.condition_embedding import ConditionEmbedding
 from lit_distill.models.networks import UNet
 from lit_distill.models.saving import FORMAT, SIDECAR
 
@@ -52,11 +53,13 @@ def load_denoiser(path_or_hub_id: str | Path) -> NetworkDenoiser:
             f"The network in {unet_folder} is a {class_name}; UNet2DModel is what can be loaded."
         )
     unet = _load_unet(unet_folder)
+    conditions = _load_conditions(unet, folder)
     sidecar_file = folder / SIDECAR
     if sidecar_file.is_file():
-        denoiser = _from_sidecar(unet, _read_json(sidecar_file), sidecar_file)
+        denoiser = _from_sidecar(unet, conditions, _read_json(sidecar_file), sidecar_file)
     else:
-        denoiser = _from_scheduler(unet, _component(folder, "scheduler", "scheduler_config.json"))
+        scheduler_folder = _component(folder, "scheduler", "scheduler_config.json")
+        denoiser = _from_scheduler(unet, conditions, scheduler_folder)
     return denoiser.eval()
 
 
@@ -80,7 +83,7 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
 
     try:
         # Not all of a repository: beside them may lie gigabytes of other components.
-        wanted = ["model_index.json", SIDECAR, "unet/*", "scheduler/*"]
+        wanted = ["model_index.json", SIDECAR, "unet/*", "scheduler/*", "conditions/*"]
         old_layout = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.*"]
         return Path(snapshot_download(name, allow_patterns=wanted + old_layout))
     except Exception as error:  # the client raises errors of many kinds without a common base
@@ -92,8 +95,47 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
 
 def _load_unet(folder: Path) -> UNet2DModel:
     """The network with all its weights."""
+    unet = _load(UNet2DModel, folder)
+    if unet.config.out_channels != unet.config.in_channels:
+        raise ValueError(
+            f"The network in {folder} has {unet.config.in_channels} channels of input and "
+            f"{unet.config.out_channels} of output: one that learned its variance cannot be used."
+        )
+    return unet
+
+
+def _load_conditions(unet: UNet2DModel, folder: Path) -> ConditionEmbedding | None:
+    """What embeds the network's conditions, where its own class embedding does not.
+
+    The folder's code, which stock diffusers would run, is never imported.
+    """
+    if unet.config.class_embed_type != "identity":
+        return None
+    own = folder / "conditions"
+    if not (own / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no conditions/config.json, which this network needs: what it is "
+            "conditional on is embedded there. Export or download the folder again."
+        )
+    class_name = _read_json(own / "config.json").get("_class_name")
+    if class_name != ConditionEmbedding.__name__:
+        raise ValueError(
+            f"The conditions in {own} are a {class_name}; ConditionEmbedding is what can be loaded."
+        )
+    conditions = _load(ConditionEmbedding, own, use_safetensors=True)
+    width = unet.time_embedding.linear_2.out_features
+    if conditions.config.width != width:
+        raise ValueError(
+            f"The conditions in {own} are of width {conditions.config.width}, and the network "
+            f"takes {width}: they are of another network. Export or download the folder again."
+        )
+    return conditions
+
+
+def _load(kind: type[ModelMixin], folder: Path, **options: Any) -> Any:
+    """A component with all its weights."""
     try:
-        unet, report = UNet2DModel.from_pretrained(folder, output_loading_info=True)
+        model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
     except OSError as error:
         raise FileNotFoundError(
             f"The network's weights in {folder} cannot be read ({error}). Export or download "
@@ -109,13 +151,8 @@ def _load_unet(folder: Path) -> UNet2DModel:
             f"The network's weights in {folder} lack {', '.join(report['missing_keys'][:3])}: "
             "export or download the folder again."
         )
-    if unet.config.out_channels != unet.config.in_channels:
-        raise ValueError(
-            f"The network in {folder} has {unet.config.in_channels} channels of input and "
-            f"{unet.config.out_channels} of output: one that learned its variance cannot be used."
-        )
-    unet.register_to_config(_name_or_path="")  # else later exports would tell this folder's path
-    return unet
+    model.register_to_config(_name_or_path="")  # else later exports would tell this folder's path
+    return model
 
 
 def _component(folder: Path, name: str, config: str) -> Path:
@@ -138,7 +175,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _from_sidecar(unet: UNet2DModel, sidecar: dict[str, Any], file: Path) -> NetworkDenoiser:
+def _from_sidecar(
+    unet: UNet2DModel, conditions: ConditionEmbedding | None, sidecar: dict[str, Any], file: Path
+) -> NetworkDenoiser:
     """Build what ``lit_distill.json`` describes."""
     if sidecar.get("format") != FORMAT:
         raise ValueError(
@@ -148,19 +187,22 @@ def _from_sidecar(unet: UNet2DModel, sidecar: dict[str, Any], file: Path) -> Net
     name = sidecar.get("denoiser")
     if name not in _CLASSES:
         raise ValueError(f"{file} names the denoiser {name!r}; known are {', '.join(_CLASSES)}.")
-    network = UNet.wrap(unet, sidecar.get("num_classes"), sidecar.get("null_label"))
+    classes, null_label = sidecar.get("num_classes"), sidecar.get("null_label")
+    network = UNet.wrap(unet, classes, null_label, conditions)
     try:
         denoiser = _CLASSES[name](network, **sidecar.get("settings", {}))
         few_steps = sidecar.get("few_steps")
         denoiser.few_steps = None if few_steps is None else FewSteps(**few_steps)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is no description of a {name} ({error}).") from error
     return denoiser
 
 
-def _from_scheduler(unet: UNet2DModel, folder: Path) -> NetworkDenoiser:
+def _from_scheduler(
+    unet: UNet2DModel, conditions: ConditionEmbedding | None, folder: Path
+) -> NetworkDenoiser:
     """Build what a foreign scheduler's configuration describes."""
-    scheduler, network = _scheduler(folder), UNet.wrap(unet)
+    scheduler, network = _scheduler(folder), UNet.wrap(unet, conditions=conditions)
     config, name = scheduler.config, type(scheduler).__name__
     if any(config.get(key) for key in ("clip_sample", "clip_denoised", "thresholding")):
         warnings.warn(

@@ -107,8 +107,10 @@ class UNet(nn.Module):
         """
         network = cls.__new__(cls)
         nn.Module.__init__(network)
-        classes = unet.config.num_class_embeds if num_classes is None else num_classes
-        network._adopt(unet, classes, null_label)
+        embedded = unet.config.num_class_embeds
+        if conditions is not None:
+            embedded = conditions.config.num_labels
+        network._adopt(unet, embedded if num_classes is None else num_classes, null_label)
         network.conditions = conditions
         return network
 

@@ -1,7 +1,8 @@
 """Denoisers to folders of diffusers' own format.
 
 The scheduler says what the network predicts. What no scheduler can say stands in
-``lit_distill.json`` beside ``model_index.json``.
+``lit_distill.json`` beside ``model_index.json``. A student that no stock pipeline samples brings
+its own, see :mod:`lit_distill.models.few_step_pipeline`.
 """
 
 import json
@@ -10,7 +11,9 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
@@ -28,17 +31,28 @@ from lit_distill.diffusion import (
     Denoiser,
     EDMDenoiser,
     EpsilonDenoiser,
+    FewSteps,
     FlowDenoiser,
     VelocityDenoiser,
 )
+from lit_distill.models.few_step_pipeline import FewStepPipeline
 
 SIDECAR = "lit_distill.json"
 FORMAT = 1
 _CONSISTENCY_TIME_SCALE = 1000  # CMStochasticIterativeScheduler asks at 1000 ln(sigma) / 4
+# What a folder needs where lit_distill is not installed: the file here, and its name there.
+_CODE = {
+    "pipeline.py": "few_step_pipeline.py",
+    "conditions/condition_embedding.py": "condition_embedding.py",
+}
 
 
 def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
     """Write a denoiser as a diffusers folder (safetensors), whole or not at all.
+
+    A teacher, and a student that a stock pipeline samples as :func:`lit_distill.diffusion.sample`
+    does, open in that pipeline. Any other student opens by
+    ``DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)``.
 
     Args:
         denoiser: A network's denoiser with a :class:`UNet`.
@@ -63,6 +77,8 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         pipeline.save_pretrained(draft, safe_serialization=True)
+        if isinstance(pipeline, FewStepPipeline):
+            _add_code(draft)
         (draft / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n")
         draft.chmod(0o755)  # mkdtemp keeps others out
         _replace(target, draft)
@@ -96,8 +112,21 @@ def _replace(target: Path, draft: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _add_code(folder: Path) -> None:
+    """Put the code of a few-step pipeline into its folder, and say where it stands."""
+    here, file = Path(__file__).parent, folder / "model_index.json"
+    index = json.loads(file.read_text())
+    index["_class_name"] = ["pipeline", FewStepPipeline.__name__]
+    if (folder / "conditions").is_dir():
+        index["conditions"] = ["condition_embedding", "ConditionEmbedding"]
+    for name, source in _CODE.items():
+        if (folder / name).parent.is_dir():
+            shutil.copyfile(here / source, folder / name)
+    file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
 def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
-    """The stock pipeline that runs this denoiser."""
+    """The pipeline that samples this denoiser: a stock one where there is one."""
     network = getattr(denoiser, "network", None)
     unet = getattr(network, "unet", None)
     if not isinstance(unet, UNet2DModel):
@@ -105,15 +134,76 @@ def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
             f"A {type(denoiser).__name__} around a {type(network).__name__} has no diffusers "
             "format; export needs a lit_distill.models.UNet."
         )
+    stock, scheduler = _stock(denoiser)
+    if _stock_samples_alike(denoiser):
+        return stock(unet, scheduler)
+    few = denoiser.few_steps
+    # What is no student takes any number of steps.
+    sampling = asdict(FewSteps((1,))) | {"trained": ()} if few is None else asdict(few)
+    settings = {k: v for k, v in denoiser.settings().items() if k != "betas"}  # the scheduler's
+    return FewStepPipeline(
+        unet,
+        scheduler,
+        getattr(network, "conditions", None),
+        denoiser=type(denoiser).__name__,
+        settings=settings,
+        few_steps=sampling,
+        num_classes=denoiser.num_classes,
+        null_label=denoiser.null_label,
+    )
+
+
+def _stock(denoiser: Denoiser) -> tuple[type[DiffusionPipeline], Any]:
+    """The stock pipeline and scheduler that come nearest to a denoiser."""
     if isinstance(denoiser, EDMDenoiser):
         if denoiser.time_scale != _CONSISTENCY_TIME_SCALE:  # no stock pipeline asks at such times
-            return DDPMPipeline(unet, _edm_scheduler(denoiser))
-        return ConsistencyModelPipeline(unet, _consistency_scheduler(denoiser))
+            return DDPMPipeline, _edm_scheduler(denoiser)
+        return ConsistencyModelPipeline, _consistency_scheduler(denoiser)
     if isinstance(denoiser, EpsilonDenoiser | VelocityDenoiser):
-        return DDIMPipeline(unet, _ddim_scheduler(denoiser))
+        return DDIMPipeline, _ddim_scheduler(denoiser)
     if isinstance(denoiser, FlowDenoiser):
-        return DDPMPipeline(unet, FlowMatchEulerDiscreteScheduler())
+        return DDPMPipeline, FlowMatchEulerDiscreteScheduler()
     raise ValueError(f"There is no diffusers format for a {type(denoiser).__name__}.")
+
+
+def _stock_samples_alike(denoiser: Denoiser) -> bool:
+    """Whether the stock pipeline samples a student as it was trained to be.
+
+    A teacher is sampled by any solver, so that its pipeline need not be right but for its network.
+    """
+    few = denoiser.few_steps
+    if denoiser.inputs:  # a stock pipeline tells a network its time and its label only
+        return False
+    if few is None:
+        return True
+    one_step = all(steps == 1 for steps in few.trained)
+    own = not few.analytical_first_step and all(_own_grid(denoiser, n) for n in few.trained)
+    if isinstance(denoiser, EDMDenoiser):
+        again = isinstance(denoiser, ConsistencyDenoiser) and few.gamma == 1
+        return own and denoiser.time_scale == _CONSISTENCY_TIME_SCALE and (one_step or again)
+    if denoiser.num_classes is not None:  # the other stock pipelines pass no labels
+        return False
+    if isinstance(denoiser, EpsilonDenoiser | VelocityDenoiser):
+        # Where the number of steps does not divide that of times, the stock scheduler's jumps end
+        # elsewhere than they go on.
+        times = denoiser.last + 1
+        return own and (one_step or few.gamma == 0) and all(times % n == 0 for n in few.trained)
+    assert isinstance(denoiser, FlowDenoiser)
+    # The stock scheduler's grid is not uniform in t, and starts at t = 1.
+    starts_at_noise = float(denoiser.path_time(torch.tensor(denoiser.sigma_max))) == 1
+    return own and one_step and starts_at_noise
+
+
+def _own_grid(denoiser: Denoiser, steps: int) -> bool:
+    """Whether a student's levels for this number of steps are what its class has anyway."""
+    assert denoiser.few_steps is not None
+    grid = denoiser.few_steps.grid(steps)
+    if grid is None:
+        return True
+    try:
+        return torch.allclose(grid, denoiser.sigmas(steps), rtol=1e-6, atol=0)
+    except ValueError:  # more steps than its class has levels
+        return False
 
 
 def _consistency_scheduler(denoiser: EDMDenoiser) -> CMStochasticIterativeScheduler:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from lit_distill.diffusion import Denoiser, EDMDenoiser
+from lit_distill.diffusion import Denoiser, EDMDenoiser, FewSteps
 from lit_distill.models import UNet, save_denoiser
 
 CONFIG = """\
@@ -49,11 +49,11 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def export(folder: Path, *, classes: int | None = 10, steps: tuple[int, ...] | None = None) -> Path:
-    """Write an untrained model as a folder; with ``steps`` it is a student."""
+def export(folder: Path, *, classes: int | None = 10, few_steps: FewSteps | None = None) -> Path:
+    """Write an untrained model as a folder; with ``few_steps`` it is a student."""
     torch.manual_seed(0)
     network = UNet(8, 1, classes, block_out_channels=[8, 8], norm_num_groups=4, layers_per_block=1)
     denoiser: Denoiser = EDMDenoiser(network)
-    denoiser.trained_steps = steps
+    denoiser.few_steps = few_steps
     save_denoiser(denoiser, folder)
     return folder

@@ -21,6 +21,8 @@ def make(root: Path, *names: str) -> Path:
         (["checkpoints/last.ckpt"], True),
         (["pipeline/model_index.json"], True),
         (["metrics.json"], True),
+        (["stage-4-steps/model_index.json"], True),
+        (["mine/model_index.json", "stage-notes/a.txt"], False),
     ],
 )
 def test_results_make_a_run(tmp_path: Path, names: list[str], expected: bool) -> None:
@@ -69,13 +71,16 @@ def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path: Path) -> None:
     written = [
         "checkpoints/last.ckpt",
         "pipeline/unet/config.json",
+        "stage-4-steps/model_index.json",
+        "stage-4-steps/unet/config.json",
         "samples/step-000001.png",
         "metrics.json",
         "comparison.png",
         "hparams.yaml",
         "events.out.tfevents.1",
     ]
-    kept = ["notes.txt", "shard-00000.safetensors", "config.yaml"]
+    kept = ["notes.txt", "shard-00000.safetensors", "config.yaml", "mine/model_index.json"]
     root = make(tmp_path, *written, *kept)
     run_folder.remove(run_folder.written(root))
-    assert sorted(path.name for path in root.iterdir()) == sorted(kept)
+    left = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+    assert sorted(left) == sorted(kept)

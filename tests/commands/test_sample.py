@@ -7,8 +7,17 @@ from ended import Command
 from PIL import Image
 from small_teacher import export
 
-from lit_distill.diffusion import GuidedDenoiser, sample, seeded_noise
+from lit_distill.diffusion import (
+    FewSteps,
+    GuidedDenoiser,
+    drawn_noise,
+    sample,
+    seeded_generators,
+    seeded_noise,
+)
 from lit_distill.models import load_denoiser
+
+JUMPS = FewSteps((2, 4), [(80.0, 2.0, 0.006)], gamma=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +25,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("exported")
     return {
         "teacher": export(root / "teacher"),
-        "student": export(root / "student", steps=(1,)),
+        "student": export(root / "student", few_steps=FewSteps((1,))),
+        "jumps": export(root / "jumps", few_steps=JUMPS),
+        "strict": export(root / "strict", few_steps=FewSteps((2, 4), only=True)),
         "unconditional": export(root / "unconditional", classes=None),
     }
 
@@ -59,9 +70,47 @@ def test_an_image_does_not_depend_on_the_batch_it_is_in(
 
 def test_a_student_jumps_as_it_was_trained(command: Command, folders: dict[str, Path]) -> None:
     ended = command("sample", folders["student"], "--num-images", 2, "--out", "x.npz")
-    assert "by 1 step (euler), NFE 1," in ended.out
-    ended = command("sample", folders["student"], "--num-images", 2, "--steps", 2)
-    assert "trained for 1 step(s), not for 2" in ended.out
+    assert "by 1 step (its own jumps), NFE 1," in ended.out and not ended.err
+    ended = command("sample", folders["student"], "--num-images", 2, "--solver", "heun")
+    assert "by 1 step (heun), NFE 1," in ended.out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gamma", [None, 0.0, 0.9])
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_a_students_jumps_noise_and_guidance(
+    command: Command, folders: dict[str, Path], gamma: float | None, guidance: int
+) -> None:
+    options = ["--num-images", 5, "--seed", 3, "--batch-size", 2, "--guidance", guidance]
+    options += [] if gamma is None else ["--gamma", gamma]
+    ended = command("sample", folders["jumps"], *options, "--out", "x.npz")
+    assert ended.status == 0, ended.err
+    assert f"by 2 steps (its own jumps), NFE {4 if guidance > 1 else 2}," in ended.out
+    arrays, model = drawn(Path("x.npz")), load_denoiser(folders["jumps"])
+    assert model.few_steps == JUMPS
+    if gamma is not None:
+        model.few_steps = FewSteps(JUMPS.trained, JUMPS.grids, gamma=gamma)
+    generators = seeded_generators(range(3, 8))
+    expected = sample(
+        GuidedDenoiser(model, guidance),
+        drawn_noise((1, 8, 8), generators),
+        steps=2,
+        condition=torch.tensor(arrays["labels"]),
+        generator=generators,
+    )
+    found = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_an_untrained_number_of_steps_is_told_once_in_one_line(
+    command: Command, folders: dict[str, Path]
+) -> None:
+    options = ("--num-images", 5, "--batch-size", 2, "--steps", 3, "--out", "x.npz")
+    for _ in range(2):  # each run tells it
+        ended = command("sample", folders["jumps"], *options)
+        assert ended.status == 0 and "by 3 steps" in ended.out
+        note = "lit-distill: note: This student was trained for 2, 4 step(s), not for 3."
+        assert ended.err.splitlines() == [note]
 
 
 def test_a_teacher_takes_heun_with_35_evaluations(
@@ -102,6 +151,11 @@ def test_nothing_but_the_file_is_written(command: Command, folders: dict[str, Pa
         ("student", ["--labels", "10"], "this model has the classes 0 to 9"),
         ("student", ["--labels", "one"], "--labels one: give numbers"),
         ("student", ["--device", "nonsense"], "--device nonsense: it cannot be used here"),
+        ("strict", ["--steps", "3"], "samples in 2, 4 step(s) only"),
+        ("strict", ["--steps", "3", "--solver", "heun"], "samples in 2, 4 step(s) only"),
+        ("teacher", ["--gamma", "0.5"], "--gamma 0.5: this folder holds a teacher"),
+        ("jumps", ["--gamma", "1.5"], "--gamma 1.5: a share of noise lies between 0 and 1"),
+        ("jumps", ["--gamma", "1", "--solver", "heun"], "--solver heun takes their place"),
         ("unconditional", ["--labels", "all"], "this model is unconditional"),
         ("unconditional", ["--guidance", "2"], "this model is unconditional"),
         ("nowhere/at/all", [], "There is no folder nowhere/at/all"),

@@ -101,5 +101,9 @@ class Exact(Denoiser):
 class ExactConsistency(Exact):
     """The perfect consistency model: the exact ODE map from ``sigma`` to ``sigma_min``."""
 
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
+        super().__init__(sigma_min, sigma_max)
+        self.floor = sigma_min
+
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         return flow_map(x, sigma[:, None], self.sigma_min)

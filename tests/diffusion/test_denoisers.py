@@ -14,6 +14,7 @@ from lit_distill.diffusion import (
     EDMDenoiser,
     EpsilonDenoiser,
     EvaluationCounter,
+    FewSteps,
     FlowDenoiser,
     GaussianMixtureDenoiser,
     GuidedDenoiser,
@@ -238,8 +239,10 @@ def test_no_steps_are_no_grid(kind):
 
 def test_the_flows_grid_is_uniform_in_its_time():
     denoiser = FlowDenoiser(Waves())
-    time = denoiser.time(denoiser.sigmas(8))
-    assert torch.allclose(time, torch.linspace(1, 0, 9).double(), rtol=0, atol=1e-12)
+    grid = denoiser.sigmas(8)
+    expected = torch.linspace(1, 0, 9).double()
+    assert torch.allclose(denoiser.path_time(grid), expected, rtol=0, atol=1e-12)
+    assert torch.equal(denoiser.time(grid), 1000 * denoiser.path_time(grid))
 
 
 def test_more_steps_than_levels_are_refused():
@@ -316,7 +319,7 @@ def test_guidance_of_one_costs_one_evaluation(scale, calls):
 
 def test_guidance_takes_over_how_its_model_is_sampled():
     inner = EpsilonDenoiser(Waves())
-    inner.trained_steps = (1, 2)
+    inner.few_steps = FewSteps((1, 2), gamma=0.5)
     guided = GuidedDenoiser(inner, 3)
     guided.start_from(2.5)
     noise = torch.randn(2, 2)
@@ -325,7 +328,8 @@ def test_guidance_takes_over_how_its_model_is_sampled():
     assert torch.equal(guided.sigmas(3), inner.sigmas(3))
     assert torch.equal(guided.schedule(torch.rand(3)) > 3, torch.zeros(3).bool())
     assert torch.equal(guided.loss_weight(torch.ones(2)), inner.loss_weight(torch.ones(2)))
-    assert (guided.num_classes, guided.image_shape, guided.trained_steps) == (3, (2,), (1, 2))
+    assert (guided.num_classes, guided.image_shape) == (3, (2,))
+    assert guided.few_steps is inner.few_steps
 
 
 def test_guidance_needs_something_to_guide_by():

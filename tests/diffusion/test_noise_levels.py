@@ -11,6 +11,7 @@ from lit_distill.diffusion import (
     RhoUniformSigma,
     karras_sigmas,
     linear_betas,
+    refined,
     rho_levels,
     seeded_noise,
     sigma_to_timestep,
@@ -43,6 +44,28 @@ def test_karras_grid_of_one_jump_goes_straight_to_the_data():
 
 def test_rho_of_one_is_linear():
     assert karras_sigmas(3, 1, 3, rho=1).tolist() == pytest.approx([3, 2, 1, 0])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("end", [0.006, 0.0])
+def test_a_refined_grid_keeps_the_nodes_and_the_spacing(parts, end):
+    nodes = torch.tensor([80.0, 7.3, 0.4, end], dtype=torch.float64)
+    grid = refined(nodes, parts)
+    assert grid.dtype == torch.float64 and len(grid) == 3 * parts + 1
+    assert torch.equal(grid[::parts], nodes)  # exactly
+    roots = (grid ** (1 / 7)).unfold(0, parts + 1, parts).diff(dim=1)
+    assert torch.allclose(roots, roots.mean(1, keepdim=True).expand_as(roots), rtol=1e-9)
+    assert refined(nodes, parts, rho=1)[1] == pytest.approx(80 - 72.7 / parts)
+
+
+def test_a_refined_karras_grid_is_a_finer_one():
+    coarse, fine = karras_sigmas(4, 0.006, 80)[:-1], karras_sigmas(10, 0.006, 80)[:-1]
+    assert torch.allclose(refined(coarse, 3), fine, rtol=1e-12)
+
+
+def test_a_jump_cut_into_nothing_is_refused():
+    with pytest.raises(ValueError, match="cut into 0 parts"):
+        refined(torch.tensor([1.0, 0.5]), 0)
 
 
 def test_rho_levels_meet_their_ends_and_keep_the_shape():

@@ -10,6 +10,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    IPNDMScheduler,
+    KDPM2DiscreteScheduler,
 )
 from torch import nn
 
@@ -123,6 +125,67 @@ def test_dpmpp_2m_is_diffusers_on_ddpm_levels(steps):
     denoiser.time = lambda sigma: torch.full_like(sigma, next(asked))
     expected = run(scheduler, denoiser.network, NOISE)
     out = solve(denoiser, (1 + grid[0] ** 2).sqrt().float() * NOISE, grid, solver="dpmpp_2m")
+    assert torch.allclose(out, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 30])
+def test_dpm_2_is_diffusers(steps):
+    scheduler = KDPM2DiscreteScheduler(beta_start=1e-4, beta_end=2e-2, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    denoiser = EpsilonDenoiser(Diffused(scheduler.betas), betas=scheduler.betas)
+    x, grid = denoiser.start(NOISE), grid_of(scheduler)
+    assert len(grid) == steps + 1 and grid[-1] == 0
+    expected = run(scheduler, denoiser.network, x)
+    out = solve(denoiser, x, grid, solver="dpm_2")
+    assert torch.allclose(out, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10, 30])
+def test_dpmpp_3m_is_diffusers_on_edm_levels(steps):
+    scheduler = EDMDPMSolverMultistepScheduler(solver_order=3, lower_order_final=False)
+    scheduler.set_timesteps(steps)
+    denoiser = EDMDenoiser(Smooth(1), time_scale=1)
+    x = denoiser.start(NOISE)
+    expected = run(scheduler, denoiser.network, x)
+    out = solve(denoiser, x, scheduler.sigmas, solver="dpmpp_3m")
+    assert torch.allclose(out, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [3, 10, 30])
+def test_dpmpp_3m_is_diffusers_on_ddpm_levels(steps):
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=1e-4,
+        beta_end=2e-2,
+        solver_order=3,
+        algorithm_type="dpmsolver++",
+        lower_order_final=False,  # here only the step to 0 is of lower order
+        use_karras_sigmas=True,
+        final_sigmas_type="zero",
+    )
+    scheduler.set_timesteps(steps)
+    grid = grid_of(scheduler)
+    denoiser = EpsilonDenoiser(Diffused(scheduler.betas), betas=scheduler.betas)
+    asked = iter(scheduler.timesteps.tolist())  # rounded
+    denoiser.time = lambda sigma: torch.full_like(sigma, next(asked))
+    expected = run(scheduler, denoiser.network, NOISE)
+    out = solve(denoiser, (1 + grid[0] ** 2).sqrt().float() * NOISE, grid, solver="dpmpp_3m")
+    assert torch.allclose(out, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 10, 30])
+def test_ipndm_is_diffusers(steps):
+    denoiser = EDMDenoiser(Smooth(1), time_scale=1)
+    grid = karras_sigmas(steps + 1, 0.01, 80)[:-1]
+    scheduler = IPNDMScheduler()
+    scheduler.set_timesteps(steps)
+    # In the variance-exploding coordinate its slope is betas * x + alphas * output.
+    scheduler.betas, scheduler.alphas = grid, torch.ones_like(grid)
+    expected = x = denoiser.start(NOISE.double())
+    for i, time in enumerate(scheduler.timesteps):
+        slope = (expected - denoiser(expected, grid[i].expand(len(x)))) / grid[i]
+        output = slope - grid[i] * expected
+        expected = scheduler.step(output, time, expected).prev_sample
+    out = solve(denoiser, x, grid, solver="ipndm")
     assert torch.allclose(out, expected, rtol=0, atol=1e-4)
 
 

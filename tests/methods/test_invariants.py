@@ -1,6 +1,7 @@
 """What holds for every method: one row in ``tiny.METHODS`` each."""
 
 import copy
+import csv
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_the_teacher_stays_bit_identical_and_all_else_moves(row, tmp_path):
     trainer(tmp_path, max_steps=4).fit(module, Digits())
     moved = differing(before, weights(module))
     trained = {trained.name for trained in module.trained_modules()}
-    assert {name.split(".")[0] for name in moved} == trained | {"ema"}
+    assert {name.split(".")[0] for name in moved} == trained | {"ema", *row.follows}
     for name in trained:
         parameters = {f"{name}.{p}" for p, _ in getattr(module, name).named_parameters()}
         assert parameters and parameters <= moved
@@ -64,12 +65,20 @@ class Steps(Callback):
         self.names, self.students, self.averages = [], [], []
         self.rates = []
 
-    def on_train_start(self, trainer, module):
-        for trained, optimizer in zip(module.trained_modules(), trainer.optimizers, strict=True):
-            optimizer.register_step_pre_hook(
-                lambda o, *_, n=trained.name: self.rates.append((n, o.param_groups[0]["lr"]))
-            )
-            optimizer.register_step_post_hook(lambda *_, n=trained.name: self._note(module, n))
+    def setup(self, trainer, module, stage):
+        """Watch all optimizers, also those that a later stage makes."""
+        make = module.configure_optimizers
+
+        def watched():
+            optimizers, schedulers = make()
+            for trained, optimizer in zip(module.trained_modules(), optimizers, strict=True):
+                optimizer.register_step_pre_hook(
+                    lambda o, *_, n=trained.name: self.rates.append((n, o.param_groups[0]["lr"]))
+                )
+                optimizer.register_step_post_hook(lambda *_, n=trained.name: self._note(module, n))
+            return optimizers, schedulers
+
+        module.configure_optimizers = watched
 
     def on_train_batch_end(self, trainer, module, *args):
         self._note(module, "batch")
@@ -91,18 +100,18 @@ def test_the_average_follows_the_student_and_nothing_else(row, tmp_path):
     options = {} if _alternates(row) else {"accumulate_grad_batches": 2}
     average = next(module.ema.module.parameters()).detach().clone()
     trainer(tmp_path, steps, max_steps=5, **options).fit(module, data)
-    updates = 0
+    expected, updates = row.after(5)[-1], 0
     for i, name in enumerate(steps.names):
         # The average moves after the optimizer's step, so that its own hook still sees the last.
         torch.testing.assert_close(steps.averages[i], average, rtol=1e-6, atol=1e-7)
         if name == "student":
-            student, n = steps.students[i], updates
+            student, n = steps.students[i], row.age(updates)
             decay = min(0.2, (1 + n) / (10 + n)) if n > 0 else 0.0  # warm-up: 2/11 first
             average = decay * average + (1 - decay) * student
             updates += 1
-    assert updates == 5
+    assert updates == expected
     assert not torch.equal(steps.averages[-1], steps.students[-1])
-    assert int(module.ema.n_averaged) == 5
+    assert int(module.ema.n_averaged) == expected - max([0, *row.renewed])
 
 
 @every_method
@@ -113,14 +122,18 @@ def test_global_steps_checkpoints_and_logs_count_student_updates(row, tmp_path):
     options = {"enable_checkpointing": True, "logger": logger, "log_every_n_steps": 2}
     run = trainer(tmp_path, steps, saver, max_steps=10, **options)
     run.fit(module, Digits())
-    assert run.global_step == 10 and steps.count("student") == steps.count("batch") == 10
+    after = row.after(10)  # each batch
+    assert run.global_step == steps.count("student") == after[-1]
+    assert steps.count("batch") == len(after)
     ratio = getattr(module, "update_ratio", 1)
     others = {trained.name for trained in module.trained_modules()} - {"student"}
-    assert all(steps.count(name) == 10 * ratio for name in others)
-    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"step=4.ckpt", "step=8.ckpt"}
-    rows = (tmp_path / "metrics.csv").read_text().splitlines()
-    column = rows[0].split(",").index("step")
-    assert [int(line.split(",")[column]) for line in rows[1:]] == [1, 3, 5, 7, 9]
+    assert all(steps.count(name) == after[-1] * ratio for name in others)
+    saved = {f"step={step}.ckpt" for step in after if step % 4 == 0}
+    assert saved and {path.name for path in tmp_path.glob("*.ckpt")} == saved
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = [int(line["step"]) for line in csv.DictReader(file)]
+    # Lightning counts from 0 where a batch is a step.
+    assert logged == [step - (row.updates == (1,)) for step in after[1::2]]
 
 
 @every_method
@@ -130,10 +143,10 @@ def test_schedules_count_student_updates(row, tmp_path, recwarn):
 
     steps, module = Steps(), row.make(lr_scheduler=schedule)
     trainer(tmp_path, steps, max_steps=4).fit(module, Digits())
-    ratio = getattr(module, "update_ratio", 1)
+    ratio, updates = getattr(module, "update_ratio", 1), row.after(4)[-1]
     for trained in module.trained_modules():
         repeats = 1 if trained.name == "student" else ratio
-        expected = [1e-2 * 0.5**step for step in range(4) for _ in range(repeats)]
+        expected = [1e-2 * 0.5 ** row.age(i) for i in range(updates) for _ in range(repeats)]
         assert [rate for name, rate in steps.rates if name == trained.name] == expected
     assert not [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]
 

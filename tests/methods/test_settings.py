@@ -12,6 +12,7 @@ from lit_distill.diffusion import (
     Denoiser,
     EDMDenoiser,
     EpsilonDenoiser,
+    FewSteps,
     FlowDenoiser,
     VelocityDenoiser,
     sample,
@@ -263,7 +264,7 @@ def test_a_lowered_start_holds_for_the_student_alone(tmp_path):
     module = dmd_module(generator_sigma=5.0)
     assert module.student.sigma_max == module.network.sigma_max == 5.0
     assert module.teacher.sigma_max == module.fake_score.sigma_max == 80.0
-    assert module.network.trained_steps == (1,)
+    assert module.network.few_steps == FewSteps((1,))
 
 
 def test_a_student_of_another_size(tmp_path):

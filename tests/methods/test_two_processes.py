@@ -1,5 +1,7 @@
 """Two processes on the CPU train one model, and write the pairs that one process writes."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import yaml
@@ -8,14 +10,42 @@ from tiny import METHODS, run_alone, write_config
 SAVE = {"class_path": "tiny.SaveEachRank"}
 
 
-@pytest.mark.parametrize("method", ["teacher", "dmd"])
+@dataclass
+class Run:
+    """How one method is run.
+
+    Attributes:
+        arguments: Further options of the command line.
+        limit: ``max_steps``.
+        steps: Student updates that it ends with.
+        evaluations: Of the teacher, for a sample of each batch, in all.
+    """
+
+    arguments: tuple[str, ...] = ()
+    limit: int = 4
+    steps: int = 4
+    evaluations: int = 0
+
+
+# One of each training pattern. With several updates a batch the processes have to agree on their
+# number: SFD-v draws 2, 2, 2, 2 and 3 steps, for each of which the teacher makes two.
+RUNS = {
+    "teacher": Run(),
+    "dmd": Run(("--model.accumulate", "2"), evaluations=4),
+    "kd": Run(),
+    "pd": Run(("--model.updates", "[2,9]"), evaluations=4 * 2),  # the stage changes after 2
+    "sfd_v": Run(("--model.accumulate", "2"), limit=10, steps=11, evaluations=2 * 11),
+    "ctm": Run(evaluations=4 * 2 * 2),  # two of Heun's steps each time, as its seed has it
+}
+
+
+@pytest.mark.parametrize("method", RUNS)
 def test_both_end_with_equal_weights(method, tmp_path, world):
-    root = tmp_path / "run"
-    options = {"max_steps": 4, "callbacks": [SAVE], "devices": 2}
+    root, expected = tmp_path / "run", RUNS[method]
+    options = {"max_steps": expected.limit, "callbacks": [SAVE], "devices": 2}
     options["strategy"] = METHODS[method].strategy
     config = write_config(tmp_path / "run.yaml", root, method, world, **options)
-    parts = ["--model.accumulate", "2"] if method == "dmd" else []
-    result = run_alone(["fit", "--config", str(config), *parts])
+    result = run_alone(["fit", "--config", str(config), *expected.arguments])
     assert result.returncode == 0, result.stderr
     first, second = (torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert first.keys() == second.keys()
@@ -28,11 +58,11 @@ def test_both_end_with_equal_weights(method, tmp_path, world):
     assert not torch.equal(*[draw["image"] for draw in drawn])
     assert not torch.equal(*[draw["random"] for draw in drawn])
     last = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
-    assert last["global_step"] == 4
+    assert last["global_step"] == expected.steps
     for name, value in last["state_dict"].items():
         assert torch.equal(value, first[name]), name
-    # Teacher evaluations of both: 4 steps of 8 pairs each.
-    assert last["spent"]["teacher_evaluations"] == (4 * 8 * 2 if method == "dmd" else 0)
+    samples = 2 * (8 if METHODS[method].on_pairs else 100)  # a batch of both
+    assert last["spent"]["teacher_evaluations"] == expected.evaluations * samples
 
 
 def test_pairs_of_two_are_bit_identical_to_those_of_one(tmp_path, world):

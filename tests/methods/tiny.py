@@ -19,7 +19,19 @@ from torch import Tensor
 
 from lit_distill.datamodules import DigitsDataModule
 from lit_distill.diffusion import EDMDenoiser, seeded_noise
-from lit_distill.methods import DMD, DiffusionTeacher, DistillationModule
+from lit_distill.methods import (
+    DMD,
+    SFD,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    ConsistencyTrajectory,
+    DiffusionTeacher,
+    DistillationModule,
+    KnowledgeDistillation,
+    MultiBoundaryConsistencyDistillation,
+    ProgressiveDistillation,
+    TrajectoryDistillation,
+)
 from lit_distill.models import UNet
 
 NETWORK = {
@@ -51,14 +63,35 @@ class Digits(DigitsDataModule):
         return {"index": torch.arange(count), "noise": noise, **batch}
 
 
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    """A learning rate that moves a tiny network within a few steps."""
+    return torch.optim.Adam(parameters, lr=1e-2)
+
+
 def teacher_module(**options: Any) -> DiffusionTeacher:
-    adam = partial(torch.optim.Adam, lr=1e-2)
     return DiffusionTeacher(denoiser(), **{"optimizer": adam, "steps": 2, **options})
 
 
 def dmd_module(**options: Any) -> DMD:
-    adam = partial(torch.optim.Adam, lr=1e-2)
     return DMD(denoiser(), **{"distance": "l2", "optimizer": adam, **options})
+
+
+KD_ONLINE = {"online": True, "teacher_steps": 2}
+PD = {"teacher_steps": 8, "steps": 2, "updates": [3, 60]}
+PD_AT_LENGTH = {"teacher_steps": 4, "steps": 1, "updates": [12, 13]}
+TD = {"steps": 2, "teacher_substeps": 2}
+SFD_2 = {"steps": 2, "teacher_substeps": 2}
+SFD_V = {"steps": [3, 2], "teacher_substeps": 2}
+CD = {"num_nodes": 6}
+CTM = {"num_nodes": 6, "max_teacher_steps": 2, "steps": [1, 2]}
+
+
+def module(kind: type[DistillationModule], **options: Any) -> DistillationModule:
+    """A method around a tiny network."""
+    plain = {} if kind is ProgressiveDistillation else {"distance": "l2"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # what a student takes beside its teacher's weights starts at random
+        return kind(denoiser(), **{**plain, "optimizer": adam, **options})
 
 
 @dataclass(frozen=True)
@@ -70,12 +103,30 @@ class Row:
         model: What a YAML file says of it, given the folder of a teacher.
         on_pairs: Whether it is trained on pairs, and not on the data.
         strategy: The strategy that it names for several processes.
+        follows: Its submodules that change without being trained, beside ``ema``.
+        updates: Student updates of the first batches; of all further ones, the last of these.
+        renewed: Student updates after which average, optimizer and schedule start anew.
     """
 
     make: Callable[..., DistillationModule]
     model: Callable[[Path], dict[str, Any]]
-    on_pairs: bool = True
-    strategy: str = "ddp_find_unused_parameters_true"
+    on_pairs: bool = False
+    strategy: str = "ddp"
+    follows: tuple[str, ...] = ()
+    updates: tuple[int, ...] = (1,)
+    renewed: tuple[int, ...] = ()
+
+    def after(self, limit: int) -> list[int]:
+        """Student updates after each batch of a run with ``max_steps=limit``."""
+        steps = [0]
+        while steps[-1] < limit:
+            batch = min(len(steps), len(self.updates)) - 1
+            steps.append(steps[-1] + self.updates[batch])
+        return steps[1:]
+
+    def age(self, update: int) -> int:
+        """Updates since the average, the optimizer and the schedule last started anew."""
+        return update - max([0, *(end for end in self.renewed if end <= update)])
 
 
 def _teacher_yaml(folder: Path) -> dict[str, Any]:
@@ -109,10 +160,52 @@ def _training_yaml() -> dict[str, Any]:
     }
 
 
+def _yaml(folder: Path, kind: type[DistillationModule], **options: Any) -> dict[str, Any]:
+    start = "denoiser" if kind is ConsistencyTraining else "teacher"
+    plain = {} if kind is ProgressiveDistillation else {"distance": "l2"}
+    training = _training_yaml()
+    if kind is ProgressiveDistillation:
+        del training["lr_scheduler"]  # it has its own
+    arguments = {start: str(folder), **plain, **training, **options}
+    return {"class_path": f"lit_distill.methods.{kind.__name__}", "init_args": arguments}
+
+
+def _row(
+    kind: type[DistillationModule],
+    options: dict[str, Any] | None = None,
+    long: dict[str, Any] | None = None,
+    **row: Any,
+) -> Row:
+    """A method with the same options in code and YAML, where ``long`` has no others for YAML."""
+    options = options or {}
+    return Row(
+        partial(module, kind, **options), partial(_yaml, kind=kind, **(long or options)), **row
+    )
+
+
 METHODS = {
-    "teacher": Row(teacher_module, _teacher_yaml, on_pairs=False, strategy="ddp"),
-    "dmd": Row(dmd_module, _dmd_yaml),
-    "dmd_ratio_3": Row(partial(dmd_module, update_ratio=3), partial(_dmd_yaml, update_ratio=3)),
+    "teacher": Row(teacher_module, _teacher_yaml),
+    "dmd": Row(dmd_module, _dmd_yaml, on_pairs=True, strategy="ddp_find_unused_parameters_true"),
+    "dmd_ratio_3": Row(
+        partial(dmd_module, update_ratio=3),
+        partial(_dmd_yaml, update_ratio=3),
+        on_pairs=True,
+        strategy="ddp_find_unused_parameters_true",
+    ),
+    "kd": _row(KnowledgeDistillation, on_pairs=True),
+    "kd_online": _row(KnowledgeDistillation, KD_ONLINE),
+    "pd": _row(
+        ProgressiveDistillation, PD, PD_AT_LENGTH, follows=("previous",), renewed=(3,)
+    ),
+    "td": _row(TrajectoryDistillation, TD),
+    "sfd": _row(SFD, SFD_2, updates=(2,)),
+    # As its own seed has it draw.
+    "sfd_v": _row(SFD, SFD_V, updates=(2, 2, 2, 2, 3, 2, 3, 2, 3)),
+    "cd": _row(ConsistencyDistillation, CD),
+    "cd_ema": _row(ConsistencyDistillation, {**CD, "target": "ema"}, follows=("average",)),
+    "ct": _row(ConsistencyTraining, {"stage_updates": 3}),
+    "multi_boundary": _row(MultiBoundaryConsistencyDistillation, {**CD, "boundaries": 2}),
+    "ctm": _row(ConsistencyTrajectory, CTM, follows=("average",)),
 }
 """Add one row a method: the tests of invariants, checkpoints and resuming go through them all."""
 

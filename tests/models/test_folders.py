@@ -16,6 +16,7 @@ from lit_distill.diffusion import (
     ConsistencyDenoiser,
     EDMDenoiser,
     EpsilonDenoiser,
+    FewSteps,
     FlowDenoiser,
     GaussianMixtureDenoiser,
     GuidedDenoiser,
@@ -55,7 +56,7 @@ def assert_same(loaded, original, condition=None):
     assert torch.equal(outputs(loaded, condition), outputs(original, condition))
     assert loaded.fingerprint() == original.fingerprint()
     assert loaded.settings() == original.settings()
-    assert loaded.trained_steps == original.trained_steps
+    assert loaded.few_steps == original.few_steps
     for name in ("sigma_min", "sigma_max", "image_shape", "num_classes", "null_label"):
         assert getattr(loaded, name) == getattr(original, name)
     assert torch.equal(loaded.sigmas(5), original.sigmas(5))
@@ -81,12 +82,12 @@ def test_a_denoiser_comes_back_with_the_same_bits(tmp_path, name):
 def test_students_come_back_with_their_steps_classes_and_start(tmp_path, name):
     original = build(name, num_classes=3)
     original.start_from(2.5)
-    original.trained_steps = (1, 4)
+    original.few_steps = FewSteps((1, 4), [(2.5, 0.1)])
     save_denoiser(original, tmp_path / "model")
     labels = torch.tensor([0, 1, 2, 3])
     loaded = load_denoiser(tmp_path / "model")
     assert_same(loaded, original, labels)
-    assert loaded.null_label == 3 and loaded.trained_steps == (1, 4)
+    assert loaded.null_label == 3 and loaded.few_steps.trained == (1, 4)
     assert torch.equal(loaded.null(labels), torch.full((4,), 3))
 
 
@@ -228,6 +229,12 @@ DAMAGES = {
     "is no description of a EDMDenoiser": lambda f: rewrite(
         f / "lit_distill.json", settings={"magic": 1}
     ),
+    r"no description of a EDMDenoiser \(trained=\[0\] are no": lambda f: rewrite(
+        f / "lit_distill.json", few_steps={"trained": [0]}
+    ),
+    r"no description of a EDMDenoiser \(.*'int' object": lambda f: rewrite(
+        f / "lit_distill.json", few_steps={"trained": 1}
+    ),
 }
 
 
@@ -291,5 +298,6 @@ def test_a_hub_id_is_fetched_without_its_other_components(monkeypatch, good):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert_same(load_denoiser("someone/model"), load_denoiser(good))
-    assert {"unet/*", "scheduler/*", "model_index.json"} <= set(asked["someone/model"])
+    wanted = {"unet/*", "scheduler/*", "conditions/*", "model_index.json", "lit_distill.json"}
+    assert wanted <= set(asked["someone/model"])
     assert not {"*", "*.safetensors", "*.bin"} & set(asked["someone/model"])

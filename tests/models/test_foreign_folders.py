@@ -30,6 +30,7 @@ from lit_distill.diffusion import (
     ConsistencyDenoiser,
     EDMDenoiser,
     EpsilonDenoiser,
+    FewSteps,
     FlowDenoiser,
     VelocityDenoiser,
     sample,
@@ -96,7 +97,8 @@ def test_the_scheduler_says_which_denoiser_it_is(tmp_path, name):
     assert type(denoiser) is kind
     assert denoiser.image_shape == (1, 8, 8)
     assert denoiser.num_classes is None and denoiser.null_label is None
-    assert denoiser.trained_steps is None and not denoiser.training
+    few = FewSteps((1, 2), gamma=1.0) if kind is ConsistencyDenoiser else None
+    assert denoiser.few_steps == few and not denoiser.training
     if hasattr(denoiser, "table"):
         stock = scheduler.alphas_cumprod.double().clamp_min(1e-9)
         assert torch.allclose(denoiser.table, ((1 - stock) / stock).sqrt(), rtol=1e-2)

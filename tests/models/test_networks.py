@@ -99,6 +99,23 @@ def test_denoisers_know_what_their_network_knows():
     assert (denoiser.image_shape, denoiser.num_classes, denoiser.null_label) == ((1, 8, 8), 3, 3)
 
 
-def test_images_that_cannot_be_halved_are_refused():
-    with pytest.raises(ValueError, match="image_size=28 cannot be halved 3 times"):
-        UNet(image_size=28, block_out_channels=[8, 8, 8, 8])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"image_size": 28, "block_out_channels": [32] * 4}, "image_size=28 cannot be halved 3"),
+        ({"block_out_channels": [8, 12]}, r"\[8, 12\] must be multiples of norm_num_groups=8"),
+        (
+            {"block_out_channels": [4, 4], "norm_num_groups": 4},
+            r"last of .*\[4, 4\] is less than attention_head_dim=8",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other_are_refused(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        UNet(**({"image_size": 8, "norm_num_groups": 8} | arguments))
+
+
+def test_a_network_without_attention_may_be_narrow():
+    options = {"add_attention": False}
+    network = UNet(8, 1, None, [4, 4], layers_per_block=1, norm_num_groups=4, options=options)
+    assert network(torch.randn(1, 1, 8, 8), torch.ones(1)).shape == (1, 1, 8, 8)

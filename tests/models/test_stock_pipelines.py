@@ -1,27 +1,26 @@
 """Exported folders in stock pipelines, in a process that never imports lit_distill."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from stock_process import images_of
 from tiny_networks import tiny_network
 
 from lit_distill.diffusion import (
     ConsistencyDenoiser,
     EDMDenoiser,
     EpsilonDenoiser,
+    FewSteps,
     FlowDenoiser,
     VelocityDenoiser,
-    consistency_sampling,
+    drawn_noise,
     linear_betas,
     sample,
+    seeded_generators,
     seeded_noise,
     solve,
 )
@@ -33,10 +32,10 @@ LABELS = [0, 2, 1, 3]  # the last is the null class
 SHORT = linear_betas(50)
 
 
-def student(denoiser, steps=1, generator_sigma=None):
+def student(denoiser, steps=(1,), generator_sigma=None, **sampling):
     if generator_sigma is not None:
         denoiser.start_from(generator_sigma)
-    denoiser.trained_steps = (steps,)
+    denoiser.few_steps = FewSteps(steps, **sampling)
     return denoiser.eval()
 
 
@@ -52,8 +51,19 @@ def models():
         "epsilon_teacher": (EpsilonDenoiser(grey, betas=SHORT).eval(), 10, False),
         "velocity_teacher": (VelocityDenoiser(plain).eval(), 10, False),
         "flow": (student(FlowDenoiser(plain)), 1, False),
-        "consistency": (student(ConsistencyDenoiser(conditional, sigma_min=0.02)), 1, True),
+        "progressive": (progressive(plain), 10, False),
+        "consistency": (consistency(conditional), 1, True),
     }
+
+
+def progressive(network):
+    denoiser = VelocityDenoiser(network)
+    halved = denoiser.sigmas(20)[::2].tolist()  # the trailing levels, though written out
+    return student(denoiser, (10,), grids=[halved], only=True)
+
+
+def consistency(network):
+    return student(ConsistencyDenoiser(network, sigma_min=0.02), (1, 2), gamma=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +92,7 @@ def stock(folders):
         "seeds": SEEDS,
         "options": {**jobs["consistency"]["options"], "num_inference_steps": 3},
     }
-    (folders / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("stock_process.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(
-        [sys.executable, script, folders / "jobs.json", folders / "images.npz"],
-        cwd=folders,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return dict(np.load(folders / "images.npz"))
+    return images_of(jobs, folders)
 
 
 def noise_for(denoiser):
@@ -115,8 +114,9 @@ def test_the_stock_pipeline_gives_the_same_images_as_sample(folders, stock, name
     denoiser = load_denoiser(folders / name)
     condition = torch.tensor(LABELS) if labelled else None
     with torch.no_grad():
+        solver = "ddim" if denoiser.few_steps is None else None
         found = sample(
-            denoiser, noise_for(denoiser), steps=steps, solver="ddim", condition=condition
+            denoiser, noise_for(denoiser), steps=steps, solver=solver, condition=condition
         )
     assert_equal(found, stock[name])
 
@@ -128,6 +128,7 @@ def test_the_stock_pipeline_gives_the_same_images_as_sample(folders, stock, name
         ("consistency", "ConsistencyModelPipeline"),
         ("epsilon", "DDIMPipeline"),
         ("velocity_teacher", "DDIMPipeline"),
+        ("progressive", "DDIMPipeline"),
         ("flow", "DDPMPipeline"),
     ],
 )
@@ -147,16 +148,11 @@ def test_a_flow_is_sampled_on_the_stock_schedulers_grid(folders, stock):
 
 def test_several_steps_of_a_consistency_model_are_the_stock_pipelines(folders, stock):
     denoiser = load_denoiser(folders / "consistency")
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    noise = torch.stack([torch.randn(denoiser.image_shape, generator=g) for g in generators])
-    with torch.no_grad():
-        found = consistency_sampling(
-            denoiser,
-            denoiser.start(noise),
-            denoiser.sigmas(3),
-            condition=torch.tensor(LABELS),
-            generator=generators,
-        )
+    generators = seeded_generators(SEEDS)
+    noise = drawn_noise(denoiser.image_shape, generators)
+    labels = torch.tensor(LABELS)
+    with torch.no_grad(), pytest.warns(UserWarning, match="not for 3"):
+        found = sample(denoiser, noise, steps=3, condition=labels, generator=generators)
     assert_equal(found, stock["consistency_steps"])
 
 

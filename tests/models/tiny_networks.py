@@ -25,3 +25,13 @@ def stock_unet(**arguments: Any) -> UNet2DModel:
     }
     shape = {"sample_size": 8, "in_channels": 1, "out_channels": 1}
     return UNet2DModel(**(shape | SIZE | blocks | arguments))
+
+
+def perturbed(network: UNet) -> UNet:
+    """The same network, with further conditions that change its output."""
+    if network.conditions is not None:
+        generator = torch.Generator().manual_seed(5)
+        for embedding in network.conditions.numbers.values():
+            weight = embedding.linear_2.weight
+            weight.data = 0.5 * torch.randn(weight.shape, generator=generator)
+    return network
