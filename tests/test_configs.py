@@ -1,34 +1,64 @@
 """Every file under configs/ runs: parsed, and two steps of a small network on generated data."""
 
+import io
+import json
+import re
+import shutil
 import struct
+import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from ended import Command
-from torchvision.models import vgg16
+from PIL import Image
+from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
 
 from lit_distill.diffusion import EDMDenoiser
+from lit_distill.losses import DISTANCES, LPIPS
+from lit_distill.metrics import extractors
 from lit_distill.models import UNet, save_denoiser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml"))
-SHAPES = {"digits": (1, 8), "mnist": (1, 28)}
+SHAPES = {"digits": (1, 8), "mnist": (1, 28), "cifar10": (3, 32)}
+ON_CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
 FEW_STEPS = (
-    *("--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"),
-    *("--trainer.enable_progress_bar", "false", "--data.init_args.batch_size", "2"),
+    *("--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false"),
+    *("--data.init_args.batch_size", "2"),
 )
+FEW_PAIRS = ("--data.init_args.predict_samples", 8, "--data.init_args.predict_batch_size", 4)
 NETWORK = "--model.init_args.denoiser.init_args.network.init_args"
 SMALL_NETWORK = (
     *(f"{NETWORK}.block_out_channels", "[8,8]", f"{NETWORK}.layers_per_block", "1"),
     *(f"{NETWORK}.norm_num_groups", "4", f"{NETWORK}.attention_levels", "[]"),
 )
+# What a number in the file makes slow, and no other option would show.
+CHEAPER: dict[str, tuple[object, ...]] = {
+    "cifar10/pd.yaml": ("--model.init_args.teacher_steps", 4, "--model.init_args.updates", "[1,1]"),
+    **{f"{data}/pairs.yaml": ("--model.init_args.steps", 2) for data in SHAPES},
+}
+
+Run = Callable[[str], None]
 
 
-def write_images(root: Path, count: int) -> None:
-    """MNIST's four files with noise for images."""
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the data sets, with noise for images."""
+    root = tmp_path_factory.mktemp("data")
+    write_mnist(root / "mnist" / "MNIST" / "raw", 100)
+    (root / "cifar10").mkdir()
+    for split in ("train", "test"):
+        write_zip(root / "cifar10" / f"cifar10-32x32-{split}.zip", 100)
+    return root
+
+
+def write_mnist(raw: Path, count: int) -> None:
+    """MNIST's four files."""
     generator = torch.Generator().manual_seed(0)
-    raw = root / "mnist" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for split in ("train", "t10k"):
         pixels = torch.randint(0, 256, (count, 28, 28), generator=generator, dtype=torch.uint8)
@@ -39,48 +69,121 @@ def write_images(root: Path, count: int) -> None:
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(head + labels.numpy().tobytes())
 
 
+def write_zip(path: Path, count: int) -> None:
+    """One file of CIFAR10 in EDM's format."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, image in enumerate(pixels.numpy()):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "png")
+            archive.writestr(f"{i:05d}.png", buffer.getvalue())
+        labels = [[f"{i:05d}.png", i % 10] for i in range(count)]
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+
+
+@pytest.fixture(scope="session")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LPIPS's backbone with random weights, without the classifier."""
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    features = make_layers(cfgs["D"]).state_dict()
+    torch.save({f"features.{name}": tensor for name, tensor in features.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def inception() -> dict[str, torch.Tensor]:
+    """The network of the FID with random weights."""
+    from torch_fidelity import feature_extractor_inceptionv3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: 0)
+        patch.setattr(nn.Module, "load_state_dict", lambda *_: None)
+        network = feature_extractor_inceptionv3.FeatureExtractorInceptionV3("x", ["2048"])
+    return network.state_dict()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_downloaded(
+    images: Path, vgg: Path, inception: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data and weights that users fetch; LPIPS looks at less than 224 pixels a side."""
+    monkeypatch.setenv("LIT_DISTILL_DATA", str(images))
+    monkeypatch.setitem(DISTANCES, "lpips", partial(LPIPS, resize=32, weights=vgg))
+    monkeypatch.setattr(extractors, "load_state_dict_from_url", lambda *_, **__: inception)
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one run left for the next, by ``<data set>/<run>``."""
+    return tmp_path_factory.mktemp("shelf")
+
+
+@pytest.fixture
+def run(command: Command, shelf: Path, vgg: Path) -> Run:
+    """``run("digits/cd.yaml")``: that file in the current folder, after those that it needs."""
+
+    def run_file(file: str) -> None:
+        dataset, text = Path(file).parent.name, (CONFIGS / file).read_text()
+        for name in needed(file):
+            provide(f"{dataset}/{name}")
+        options = (*ON_CPU, *CHEAPER.get(file, ()))
+        if "PairWriter" in text:
+            ended = command("predict", "--config", CONFIGS / file, *options, *FEW_PAIRS)
+        else:
+            if "network:" in text:
+                options = (*options, *SMALL_NETWORK)
+            if "LPIPS" in text:
+                option = "--model.init_args.distance.init_args"
+                options = (*options, f"{option}.weights", vgg, f"{option}.resize", 32)
+            ended = command("fit", "--config", CONFIGS / file, *options, *FEW_STEPS)
+        assert ended.status == 0, ended.err
+
+    def provide(name: str) -> None:
+        """Make what another run leaves, or take it from the shelf."""
+        if not (shelf / name).exists():
+            if name.endswith("/teacher"):
+                write_teacher(name.removesuffix("/teacher"))
+            else:
+                run_file(f"{name}.yaml")
+            shutil.copytree(Path("runs") / name, shelf / name)
+        shutil.copytree(shelf / name, Path("runs") / name, dirs_exist_ok=True)
+
+    return run_file
+
+
+def needed(file: str) -> list[str]:
+    """The runs of the same data that a file reads from."""
+    dataset, own = Path(file).parent.name, Path(file).stem
+    found = re.findall(rf"runs/{dataset}/(\w+)", (CONFIGS / file).read_text())
+    return sorted({*found} - {own}, reverse=True)  # the teacher before what it made
+
+
 def write_teacher(dataset: str) -> None:
     channels, size = SHAPES[dataset]
     network = UNet(size, channels, 10, [8, 8], layers_per_block=1, norm_num_groups=4)
     save_denoiser(EDMDenoiser(network), f"runs/{dataset}/teacher/pipeline")
 
 
-def write_pairs(command: Command, dataset: str) -> None:
-    """By the pairs' own configuration."""
-    ended = command(
-        *("predict", "--config", CONFIGS / dataset / "pairs.yaml"),
-        *("--data.init_args.predict_samples", 8, "--data.init_args.predict_batch_size", 4),
-        *("--model.init_args.steps", 2, "--trainer.accelerator", "cpu"),
-    )
-    assert ended.status == 0, ended.err
-    assert len(list(Path(f"runs/{dataset}/pairs").glob("shard-*.safetensors"))) == 2
-
-
 @pytest.mark.parametrize("file", FILES)
-def test_config_runs_two_steps(
-    file: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset, method = Path(file).parent.name, Path(file).stem
-    write_images(tmp_path, 100)
-    monkeypatch.setenv("LIT_DISTILL_DATA", str(tmp_path))
-    options: tuple[object, ...] = FEW_STEPS
-    if method == "teacher":
-        options = (*FEW_STEPS, *SMALL_NETWORK)
+def test_config_runs_two_steps(file: str, run: Run) -> None:
+    run(file)
+    folder = Path("runs") / file.removesuffix(".yaml")
+    if "PairWriter" in (CONFIGS / file).read_text():
+        assert len(list(folder.glob("shard-*.safetensors"))) == 2
     else:
-        write_teacher(dataset)
-        write_pairs(command, dataset)
-    if method == "pairs":
-        return
-    if "LPIPS" in (CONFIGS / file).read_text():
-        torch.save(vgg16(weights=None).state_dict(), tmp_path / "vgg16.pth")
-        option = "--model.init_args.distance.init_args"
-        options = (*options, f"{option}.weights", "vgg16.pth", f"{option}.resize", 32)
-    ended = command("fit", "--config", CONFIGS / file, *options)
-    assert ended.status == 0, ended.err
-    run = Path("runs") / dataset / method
-    assert (run / "pipeline" / "model_index.json").is_file()
-    assert list((run / "samples").glob("*.png"))
+        assert (folder / "pipeline" / "model_index.json").is_file()
+        assert list((folder / "samples").glob("*.png"))
 
 
 def test_every_data_set_has_its_stages() -> None:
-    assert {f"{d}/{m}.yaml" for d in SHAPES for m in ("teacher", "pairs", "dmd")} <= set(FILES)
+    """Each a teacher and its pairs; the digits and CIFAR10 have all methods."""
+    found = {dataset: {Path(file).stem for file in FILES if file.startswith(dataset)} for dataset in SHAPES}
+    assert sum(map(len, found.values())) == len(FILES)
+    ode = {"kd", "pd", "td", "sfd", "sfd_v", "sfd_stage2", "cd", "ct", "multi_boundary", "ctm"}
+    assert found["mnist"] == {"teacher", "pairs", "dmd"}
+    assert found["digits"] >= found["mnist"] | ode | {"trajectories", "sfd_stored", "ct_scratch"}
+    assert found["cifar10"] >= {"teacher", "pairs"} | ode
+    for file in FILES:
+        missing = [name for name in needed(file) if name not in found[Path(file).parent.name]]
+        assert not missing, f"{file} reads from {missing}"
