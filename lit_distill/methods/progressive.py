@@ -160,6 +160,10 @@ class ProgressiveDistillation(DistillationModule):
         """The teachers of all stages."""
         return [*super().teachers(), self.previous]
 
+    def frozen_modules(self) -> tuple[str, ...]:
+        """The teacher, and its copy in the first stage, which has no other."""
+        return ("teacher", "previous") if self.stage == 0 else ("teacher",)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go back to the checkpoint's stage, before its optimizer is restored."""
         super().on_load_checkpoint(checkpoint)

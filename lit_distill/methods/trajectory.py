@@ -66,7 +66,7 @@ class TrajectoryDistillation(DistillationModule):
         generator = student_of(frozen, student)
         grid = rho_grid(steps, sigma_min, frozen.sigma_max, end=0.0 if to_zero else None)
         generator.few_steps = FewSteps(trained=(steps,), grids=(grid.tolist(),))
-        super().__init__(generator, frozen, **{"steps": steps, **base})
+        super().__init__(generator, frozen, steps=steps, **base)
         self.save_hyperparameters(logger=False)
         self.distance = as_distance(distance)
         self.fine_grid = refined(grid, teacher_substeps)
