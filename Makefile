@@ -52,7 +52,7 @@ demo: $(METRICS)
 	@echo "TensorBoard:  $(BIN)/tensorboard --logdir $(RUNS)"
 
 # Every method on the demo's teacher. One alone: make runs/digits/cd/pipeline/model_index.json
-METHODS := kd kd_online pd td sfd sfd_stored sfd_v sfd_stage2 cd multi_boundary ct ct_scratch ctm
+METHODS := kd kd_online pd td sfd sfd_stored sfd_cheap sfd_v sfd_stage2 cd multi_boundary ct ct_scratch ctm
 FOLDERS := $(METHODS:%=$(RUNS)/%/pipeline/model_index.json)
 FIT = $(LIT) fit --config configs/digits/$(1).yaml --seed_everything $(SEED) --ckpt_path last \
 	--trainer.default_root_dir $(RUNS)/$(1)
@@ -69,6 +69,12 @@ $(RUNS)/sfd_stored/pipeline/model_index.json: | $(TEACHER)/model_index.json
 		--trainer.default_root_dir $(RUNS)/trajectories --model.init_args.teacher $(TEACHER)
 	$(call FIT,sfd_stored) --model.init_args.teacher $(TEACHER) \
 		--data.init_args.folder $(RUNS)/trajectories
+
+$(RUNS)/sfd_cheap/pipeline/model_index.json: | $(TEACHER)/model_index.json
+	$(LIT) predict --config configs/digits/trajectories.yaml --data.init_args.predict_samples 1000 \
+		--trainer.default_root_dir $(RUNS)/trajectories_cheap --model.init_args.teacher $(TEACHER)
+	$(call FIT,sfd_cheap) --model.init_args.teacher $(TEACHER) \
+		--data.init_args.folder $(RUNS)/trajectories_cheap
 
 $(RUNS)/sfd_stage2/pipeline/model_index.json: | $(RUNS)/sfd/pipeline/model_index.json
 	$(call FIT,sfd_stage2) --model.init_args.teacher $(RUNS)/sfd/pipeline

@@ -3,10 +3,10 @@
     python benchmarks/few_step_table.py --runs runs/digits --out docs/digits_methods
 
 Reads the exported folders of ``make methods`` (``runs/digits/<method>/pipeline``, and the stages of
-progressive distillation), samples each at 1, 2 and 4 evaluations where it can, and writes
-``.md`` (a table), ``.json`` (all figures) and ``.png`` (images of all from the same noise). The
-teacher is sampled at the same numbers of evaluations by all solvers on two grids, of which the best
-is shown. Samples are judged as the evaluation callback judges them.
+progressive distillation), samples each at 1, 2 and 4 evaluations where it can, and writes ``.md``
+(a table), ``.json`` (all figures) and ``.png`` (images of all from the same noise). The teacher is
+sampled at 1, 2, 4, 7 and 8 evaluations by all solvers on three grids, and the best of them is shown.
+Samples are judged as the evaluation callback judges them.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from lit_distill.models import load_denoiser
 SEED = 10_000_000  # of the evaluation callback's test
 BATCH = 500
 ONE_EVALUATION = ("euler", "dpmpp_2m", "dpmpp_3m", "ipndm")  # a step
+BUDGETS = (1, 2, 4, 7, 8)  # evaluations that the teacher is given
 TITLES = {
     "kd": "KnowledgeDistillation",
     "kd_online": "KnowledgeDistillation, online",
@@ -43,6 +44,7 @@ TITLES = {
     "td": "TrajectoryDistillation",
     "sfd": "SFD",
     "sfd_stored": "SFD, stored trajectories",
+    "sfd_cheap": "SFD, a quarter of the teacher's cost",
     "sfd_v": "SFD-v",
     "sfd_stage2": "SFD, second stage",
     "cd": "ConsistencyDistillation",
@@ -129,15 +131,18 @@ def main() -> None:
         return row
 
     add("teacher", "heun", best, nfe)
-    for budget in (1, 2, 4, 8):
+    for budget in BUDGETS:
         for solver, steps in [(s, budget) for s in ONE_EVALUATION] + [
             (s, (budget + 1) // 2) for s in ("heun", "dpm_2")
         ]:
             if budget == 1 and solver != "euler":
                 continue  # all the same in one step
-            own = teacher.sigmas(steps)
-            even = rho_grid(steps, teacher.sigma_min, teacher.sigma_max, end=0.0)
-            for which, grid in [("own grid", own), ("even grid", even)][: 1 + (steps > 1)]:
+            grids = {"own grid": teacher.sigmas(steps)}
+            if steps > 1:
+                top = teacher.sigma_max
+                grids["even to 0"] = rho_grid(steps, teacher.sigma_min, top, end=0.0)
+                grids["even to 0.006"] = rho_grid(steps, 0.006, top)
+            for which, grid in grids.items():
                 images, used = draw(teacher, count, SEED, solver=solver, grid=grid)
                 add("teacher", f"{solver}, {which}", images, used)
     for name, folder, steps in students(options.runs):
@@ -161,7 +166,7 @@ def write(out: Path, rows: list[dict[str, Any]], pictures: dict[str, Tensor]) ->
         "|---|---|---|---|---|---|---|",
     ]
     shown = [whole]
-    for budget in (1, 2, 4, 8):
+    for budget in BUDGETS:
         tried = [r for r in rows if r["method"] == "teacher" and 0 < r["nfe"] <= budget]
         shown.append({**min(tried, key=lambda r: r["fd_teacher"]), "budget": budget})
     shown += [row for row in rows if row["method"] != "teacher"]

@@ -9,7 +9,8 @@ plain. A repeat's ratio is the trainer's block over the mean of the two plain on
 block over the first is the null test, which tells how far a ratio can be trusted. Reported are
 medians over the repeats. The target is a ratio of at most 1.05.
 
-A method is one entry in ``METHODS``.
+A step is a batch: of SFD, one update for each of its evaluations. A method is one entry in
+``METHODS``; distances are ``l2``, which cost no pass.
 """
 
 import lit_distill  # noqa: F401  # isort: skip  # before lightning: see lit_distill/_torchvision_ops.py
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -35,9 +36,21 @@ from torch import Tensor
 from lit_distill.callbacks import PairWriter
 from lit_distill.datamodules import ImageDataModule, PairsDataModule
 from lit_distill.diffusion import Denoiser, EDMDenoiser
-from lit_distill.methods import DMD, DiffusionTeacher, DistillationModule
-from lit_distill.methods.base import copy_of
-from lit_distill.models import UNet
+from lit_distill.methods import (
+    DMD,
+    SFD,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    ConsistencyTrajectory,
+    DiffusionTeacher,
+    DistillationModule,
+    KnowledgeDistillation,
+    MultiBoundaryConsistencyDistillation,
+    ProgressiveDistillation,
+    TrajectoryDistillation,
+)
+from lit_distill.methods.base import copy_of, network_of
+from lit_distill.models import UNet, add_inputs
 
 Step = Callable[[], None]
 
@@ -48,10 +61,14 @@ class Method(NamedTuple):
     Attributes:
         module: Makes it from a teacher.
         passes: Makes a plain step of the same passes, for a batch size.
+        data: What it is trained on.
+        updates: Student updates of a batch.
     """
 
     module: Callable[[Denoiser], DistillationModule]
     passes: Callable[[Denoiser, int], Step]
+    data: Literal["images", "pairs", "trajectories"] = "images"
+    updates: int = 1
 
 
 def dmd_passes(teacher: Denoiser, batch_size: int) -> Step:
@@ -73,18 +90,97 @@ def dmd_passes(teacher: Denoiser, batch_size: int) -> Step:
     return step
 
 
-def teacher_passes(teacher: Denoiser, batch_size: int) -> Step:
-    """Training of a teacher: one pass."""
-    network = copy_of(teacher).train()
-    adam = torch.optim.AdamW(network.parameters(), lr=1e-3)
+def passes(
+    teacher: Denoiser,
+    batch_size: int,
+    asked: int = 0,
+    judged: int = 0,
+    updates: int = 1,
+    told: tuple[str, ...] = (),
+) -> Step:
+    """What most methods need.
+
+    Args:
+        teacher: The teacher.
+        batch_size: Of each pass.
+        asked: Evaluations of the teacher.
+        judged: Passes of the student, or its average, without a graph.
+        updates: Passes of the student with a graph, each with a step of its own.
+        told: Further conditions of the student.
+    """
+    student = copy_of(teacher).train()
+    add_inputs(network_of(student), told)
+    adam = torch.optim.AdamW(student.parameters(), lr=1e-4)
     noise, label = inputs(teacher, batch_size)
     sigma = torch.full((batch_size,), 1.0)
-    return lambda: update(adam, network(noise, sigma, label).square().mean())
+    condition = {"label": label, **dict.fromkeys(told, sigma)}
 
+    def step() -> None:
+        with torch.no_grad():
+            for _ in range(asked):
+                teacher(noise, sigma, label)
+            for _ in range(judged):
+                student(noise, sigma, condition)
+        for _ in range(updates):
+            update(adam, student(noise, sigma, condition).square().mean())
+
+    return step
+
+
+def ctm_passes(teacher: Denoiser, batch_size: int) -> Step:
+    """CTM: a jump from either point, both carried on by the frozen average, and denoising."""
+    student = copy_of(teacher).train()
+    add_inputs(network_of(student), ("to_sigma",))
+    average = copy_of(student).requires_grad_(False).eval()
+    adam = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    noise, label = inputs(teacher, batch_size)
+    sigma = torch.full((batch_size,), 1.0)
+    condition = {"label": label, "to_sigma": sigma}
+
+    def step() -> None:
+        ahead = student(noise, sigma, condition)
+        with torch.no_grad():
+            teacher(noise, sigma, label)
+            teacher(noise, sigma, label)
+            average(student(noise, sigma, condition), sigma, condition)
+        end = average(ahead, sigma, condition)  # the gradient goes through it
+        update(adam, end.square().mean() + student(noise, sigma, label).square().mean())
+
+    return step
+
+
+def sfd(**options: Any) -> Callable[[Denoiser], DistillationModule]:
+    """SFD of four evaluations, beside eight of the teacher."""
+    return partial(SFD, distance="l2", teacher_substeps=2, **{"steps": 4, **options})
+
+
+SFD_V = {"steps": [4, 4]}  # two numbers, as many updates in each batch
+HEUN = {"distance": "l2", "teacher_solver": "heun"}
 
 METHODS = {
-    "dmd": Method(partial(DMD, distance="l2"), dmd_passes),
-    "teacher": Method(lambda denoiser: DiffusionTeacher(copy_of(denoiser)), teacher_passes),
+    "teacher": Method(lambda teacher: DiffusionTeacher(copy_of(teacher)), passes),
+    "kd": Method(partial(KnowledgeDistillation, distance="l2"), passes, "pairs"),
+    "kd_online": Method(
+        partial(KnowledgeDistillation, distance="l2", online=True, teacher_steps=3),
+        partial(passes, asked=5),  # Heun's last step, to 0, is Euler's
+    ),
+    "pd": Method(partial(ProgressiveDistillation, teacher_steps=8), partial(passes, asked=2)),
+    "td": Method(
+        partial(TrajectoryDistillation, teacher_substeps=3, **HEUN), partial(passes, asked=6)
+    ),
+    "sfd": Method(sfd(), partial(passes, asked=8, updates=4), updates=4),
+    "sfd_v": Method(sfd(**SFD_V), partial(passes, asked=8, updates=4, told=("steps",)), updates=4),
+    "sfd_stored": Method(sfd(), partial(passes, updates=4), "trajectories", updates=4),
+    "cd": Method(partial(ConsistencyDistillation, **HEUN), partial(passes, asked=2, judged=1)),
+    "cd_ema": Method(
+        partial(ConsistencyDistillation, target="ema", **HEUN), partial(passes, asked=2, judged=1)
+    ),
+    "ct": Method(partial(ConsistencyTraining, distance="l2"), partial(passes, judged=1)),
+    "multi_boundary": Method(
+        partial(MultiBoundaryConsistencyDistillation, **HEUN), partial(passes, asked=2, judged=1)
+    ),
+    "ctm": Method(partial(ConsistencyTrajectory, max_teacher_steps=1, **HEUN), ctm_passes),
+    "dmd": Method(partial(DMD, distance="l2"), dmd_passes, "pairs"),
 }
 
 
@@ -116,13 +212,14 @@ class Stopwatch(Callback):
     """Times blocks of the trainer's steps, and of plain steps between them."""
 
     def __init__(self, plain: Step, steps: int, warm_up: int) -> None:
-        self.plain, self.steps, self.warm_up = plain, steps, warm_up
+        self.plain, self.steps, self.warm_up, self.batches = plain, steps, warm_up, 0
         self.whole: list[float] = []
         self.before: list[float] = []
         self.after: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-        done = trainer.global_step - self.warm_up
+        self.batches += 1
+        done = self.batches - self.warm_up
         if done < 0 or done % self.steps:
             return
         if done == 0:
@@ -148,7 +245,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     teacher = EDMDenoiser(network).requires_grad_(False).eval()
     bf16 = options.precision == "bf16-mixed"
     context = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
-    plain = METHODS[name].passes(teacher, options.batch_size)
+    method = METHODS[name]
+    plain = method.passes(teacher, options.batch_size)
 
     def plain_step() -> None:
         with context:
@@ -156,18 +254,19 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     watch = Stopwatch(plain_step, options.steps, options.warm_up)
     with tempfile.TemporaryDirectory() as folder:
-        data = write_pairs(teacher, options.batch_size, folder)
+        data = made_data(method, teacher, options.batch_size, folder)
+        batches = options.warm_up + options.repeats * options.steps
         trainer = Trainer(
             accelerator="cpu",
             precision=options.precision,
             max_epochs=-1,
-            max_steps=options.warm_up + options.repeats * options.steps,
+            max_steps=batches * method.updates,
             limit_val_batches=0,
             logger=TensorBoardLogger(folder),
             default_root_dir=folder,
             callbacks=[watch],
         )
-        trainer.fit(METHODS[name].module(teacher), data if name != "teacher" else data.data)
+        trainer.fit(method.module(teacher), data)
     blocks = list(zip(watch.whole, watch.before, watch.after, strict=False))
     return {
         "method": name,
@@ -181,12 +280,15 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def write_pairs(teacher: Denoiser, batch_size: int, folder: str) -> PairsDataModule:
-    """Pairs of one Euler step, and the data module that trains on them."""
+def made_data(method: Method, teacher: Denoiser, batch_size: int, folder: str) -> ImageDataModule:
+    """Images, or pairs of one Euler step, or a method's own trajectories."""
     data = Images(batch_size, predict_samples=20 * batch_size, predict_batch_size=batch_size)
+    if method.data == "images":
+        return data
     writer = PairWriter(f"{folder}/pairs")
     quiet = {"logger": False, "enable_progress_bar": False}
-    sampler = DiffusionTeacher(teacher, steps=1, solver="euler")
+    one_step = DiffusionTeacher(teacher, steps=1, solver="euler")
+    sampler = method.module(teacher) if method.data == "trajectories" else one_step
     Trainer(accelerator="cpu", callbacks=[writer], **quiet).predict(sampler, data)
     return PairsDataModule(data, f"{folder}/pairs", batch_size=batch_size)
 
@@ -208,10 +310,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", "Attribute '.*|.*does not have many workers|Found .* module")
     results = [measure(name, options) for name in options.methods]
-    print(f"\n{'method':<10}{'whole step':>12}{'its passes':>12}{'ratio':>8}{'null':>8}")
+    print(f"\n{'method':<15}{'whole step':>12}{'its passes':>12}{'ratio':>8}{'null':>8}")
     for row in results:
         print(
-            f"{row['method']:<10}{1e3 * row['whole_step_s']:>9.1f} ms{1e3 * row['passes_s']:>9.1f} "
+            f"{row['method']:<15}{1e3 * row['whole_step_s']:>9.1f} ms{1e3 * row['passes_s']:>9.1f} "
             f"ms{row['ratio']:>8.3f}{row['null_ratio']:>8.3f}"
         )
     if options.out is not None:

@@ -213,9 +213,8 @@ class DistillationModule(LightningModule):
         if self.channels_last:
             self.to(memory_format=torch.channels_last)
         if self.compile_networks:
-            for module in [*(t.module for t in self.trained_modules()), self.teacher]:
-                if module is not None:
-                    module.compile()
+            for module in [*(t.module for t in self.trained_modules()), *self.teachers()]:
+                module.compile()
 
     def configure_optimizers(self) -> Any:
         """One optimizer for each trained network; schedules count student updates."""

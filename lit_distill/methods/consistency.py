@@ -155,14 +155,19 @@ def target_of(student: Denoiser, target: Target, decay: float) -> AveragedModel 
     Raises:
         ValueError: If the name is unknown or the decay is no share.
     """
-    if target not in ("stop_gradient", "ema"):
-        raise ValueError(f"target={target!r} is unknown; choose stop_gradient or ema.")
+    check_target(target)
     if not 0 <= decay < 1:
         raise ValueError(f"target_decay={decay} is no share: it lies in [0, 1).")
     if target == "stop_gradient":
         return None
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay))
     return average.requires_grad_(False)
+
+
+def check_target(target: Target, option: str = "target") -> None:
+    """Raise a ``ValueError`` unless it is one of the two."""
+    if target not in ("stop_gradient", "ema"):
+        raise ValueError(f"{option}={target!r} is unknown; choose stop_gradient or ema.")
 
 
 def random_state(device: torch.device) -> Tensor:

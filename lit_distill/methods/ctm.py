@@ -30,7 +30,7 @@ from lit_distill.methods.base import (
     noised,
     student_of,
 )
-from lit_distill.methods.consistency import Target, target_of
+from lit_distill.methods.consistency import Target, check_target, target_of
 from lit_distill.models import add_inputs
 
 
@@ -87,6 +87,9 @@ class ConsistencyTrajectory(AlternatingDistillationModule):
         **base: Any,
     ) -> None:
         check_solver(teacher_solver)
+        check_target(inner_target, "inner_target")
+        if not steps:
+            raise ValueError("steps is an empty list: name at least one number of steps.")
         if num_nodes < 2 or max_teacher_steps < 1:
             raise ValueError(
                 f"num_nodes={num_nodes}, max_teacher_steps={max_teacher_steps}: a grid has at "

@@ -38,7 +38,7 @@ class KnowledgeDistillation(DistillationModule):
         base: Arguments of :class:`DistillationModule`.
 
     Raises:
-        ValueError: If the solver is unknown.
+        ValueError: If the solver is unknown, or the teacher cannot take so many steps.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class KnowledgeDistillation(DistillationModule):
         if teacher_solver is not None:
             check_solver(teacher_solver)
         frozen = as_denoiser(teacher)
+        if online:
+            frozen.grid(teacher_steps)  # what it refuses, it refuses now
         generator = student_of(frozen, student)
         if generator_sigma is not None:
             generator.start_from(generator_sigma)

@@ -92,6 +92,11 @@ class SFD(AlternatingDistillationModule):
         counts = [steps] if isinstance(steps, int) else list(steps)
         if not counts:
             raise ValueError("steps is an empty list: name at least one number of steps.")
+        if teacher_substeps < 1:
+            raise ValueError(
+                f"teacher_substeps={teacher_substeps}: the teacher takes at least 1 step for each "
+                "of the student."
+            )
         frozen = as_denoiser(teacher)
         generator = student_of(frozen, student)
         if len(counts) > 1:

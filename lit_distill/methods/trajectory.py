@@ -76,7 +76,7 @@ class TrajectoryDistillation(DistillationModule):
         """The distance of a student's jump to the teacher's steps between random nodes."""
         x0, condition = batch["image"], condition_of(batch)
         fine, parts = placed(self.fine_grid, x0.device), self.teacher_substeps
-        node = torch.randint(len(fine) // parts, (len(x0),), device=x0.device)
+        node = torch.randint((len(fine) - 1) // parts, (len(x0),), device=x0.device)
         levels = torch.stack([fine[node * parts + k] for k in range(parts + 1)])
         x = noised(x0, levels[0])
         with torch.no_grad():

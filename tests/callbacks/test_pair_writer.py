@@ -79,11 +79,38 @@ def test_manifest_names_the_settings_and_checksums(whole):
         "format": 1, "teacher": "a" * 64, "solver": "heun", "steps": 18, "nfe": 35,
         "sigma_min": 0.002, "sigma_max": 80.0, "seed": 0, "dtype": "float32",
         "image_shape": [1, 8, 8], "num_classes": 10, "num_pairs": 42, "shard_size": 8,
-        "complete": True,
+        "complete": True, "trajectory": None,
     }  # fmt: skip
     assert [shard["file"] for shard in shards] == [f"shard-0000{i}.safetensors" for i in range(6)]
     for shard in shards:
         assert shard["sha256"] == sha256((whole / shard["file"]).read_bytes())
+
+
+def test_states_on_the_way_are_stored_beside_their_end(tmp_path):
+    class OnTheWay(Sampler):
+        def predict_step(self, batch, batch_idx):
+            pairs = super().predict_step(batch, batch_idx)
+            states = torch.stack([2.0 * pairs["noise"], pairs["image"]], 1).double()
+            return {**pairs, "trajectory": states}
+
+    how = {"sigmas": [2.0, 0.1], "substeps": 3}
+    predict(tmp_path, OnTheWay(trajectory=how), data(), limit_predict_batches=2)
+    predict(tmp_path, OnTheWay(trajectory=how), data())  # goes on
+    manifest = read_manifest(tmp_path)
+    assert manifest.complete and manifest.trajectory == how
+    shard = safetensors.torch.load_file(tmp_path / manifest.files[-1])
+    assert shard["trajectory"].shape == (2, 2, 1, 8, 8)
+    assert shard["trajectory"].dtype == torch.float32
+    assert torch.equal(shard["trajectory"][:, 0], 2 * shard["noise"])
+    assert torch.equal(shard["trajectory"][:, 1], shard["image"])
+    pairs = PairsDataModule(data(), str(tmp_path), batch_size=42)
+    assert pairs.trajectory is None  # not read yet
+    pairs.setup("fit")
+    assert pairs.trajectory == how
+    batch = next(iter(pairs.train_dataloader()))
+    assert torch.equal(batch["trajectory"][:, 1], batch["image"])
+    with pytest.raises(ValueError, match=r"made in another way .*'substeps': 3.*not .*: 4"):
+        predict(tmp_path, OnTheWay(trajectory={**how, "substeps": 4}), data())
 
 
 def test_a_killed_run_goes_on_at_the_first_missing_shard(tmp_path, whole):

@@ -194,9 +194,7 @@ METHODS = {
     ),
     "kd": _row(KnowledgeDistillation, on_pairs=True),
     "kd_online": _row(KnowledgeDistillation, KD_ONLINE),
-    "pd": _row(
-        ProgressiveDistillation, PD, PD_AT_LENGTH, follows=("previous",), renewed=(3,)
-    ),
+    "pd": _row(ProgressiveDistillation, PD, PD_AT_LENGTH, follows=("previous",), renewed=(3,)),
     "td": _row(TrajectoryDistillation, TD),
     "sfd": _row(SFD, SFD_2, updates=(2,)),
     # As its own seed has it draw.
