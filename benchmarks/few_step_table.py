@@ -5,7 +5,7 @@
 Reads the exported folders of ``make methods`` (``runs/digits/<method>/pipeline``, and the stages of
 progressive distillation), samples each at 1, 2 and 4 evaluations where it can, and writes ``.md``
 (a table), ``.json`` (all figures) and ``.png`` (images of all from the same noise). The teacher is
-sampled at 1, 2, 4, 7 and 8 evaluations by all solvers on three grids, and the best of them is shown.
+sampled at 1, 2, 4, 7 and 8 evaluations by all solvers on three grids; the best of them is shown.
 Samples are judged as the evaluation callback judges them.
 """
 

@@ -7,6 +7,7 @@ from tiny import METHODS, Digits, Disturb, dmd_module, trainer, write_config
 
 from lit_distill.diffusion import seeded_noise
 from lit_distill.main import main
+from lit_distill.methods import base
 from lit_distill.models import load_denoiser
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -56,9 +57,12 @@ def test_round_trip_of_objects_without_the_frozen_weights(method, tmp_path):
         METHODS[method].make().load_state_dict(checkpoint["state_dict"])
 
 
-def save_every_6(folder, **options):
-    saver = ModelCheckpoint(folder, "last", every_n_train_steps=6)
-    return trainer(folder, saver, max_steps=40, enable_checkpointing=True, **options)
+@pytest.fixture
+def save_every_6(tmp_path, monkeypatch):
+    """A trainer whose module looks at its losses when it is saved, and not before."""
+    monkeypatch.setattr(base, "_CHECK_EVERY", 1_000)
+    saver = ModelCheckpoint(tmp_path, "last", every_n_train_steps=6)
+    return trainer(tmp_path, saver, max_steps=40, enable_checkpointing=True)
 
 
 def second_save(method):
@@ -67,10 +71,12 @@ def second_save(method):
 
 
 @every_method
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(method, tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    method, tmp_path, save_every_6
+):
     words = rf"loss is not finite near step {second_save(method)}\b.*ckpt_path last"
     with pytest.raises(FloatingPointError, match=words):
-        save_every_6(tmp_path).fit(broken(METHODS[method].make(), from_step=7), Digits())
+        save_every_6.fit(broken(METHODS[method].make(), from_step=7), Digits())
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert kept["global_step"] == 6
     assert all(value.isfinite().all() for value in kept["state_dict"].values())
@@ -95,7 +101,7 @@ def broken(module, from_step):
 
 
 @every_method
-def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(method, tmp_path):
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(method, tmp_path, save_every_6):
     module = METHODS[method].make()
     parameter = next(module.student.parameters())
     parameter.register_hook(
@@ -103,7 +109,7 @@ def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(method, tmp_path):
     )
     words = rf"(weights are|loss is) not finite near step {second_save(method)}\b"
     with pytest.raises(FloatingPointError, match=words):
-        save_every_6(tmp_path).fit(module, Digits())
+        save_every_6.fit(module, Digits())
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
 
 
