@@ -50,8 +50,8 @@ class SampleGrid(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: object, **kwargs: object
     ) -> None:
-        """Draw every ``every_n_steps`` steps."""
-        if trainer.global_step % self.every_n_steps == 0:
+        """Draw every ``every_n_steps`` steps, or right after: a batch may be several steps."""
+        if trainer.global_step // self.every_n_steps > (self._drawn_at or 0) // self.every_n_steps:
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

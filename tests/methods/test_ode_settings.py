@@ -157,14 +157,11 @@ def test_knowledge_distillation_needs_noise(tmp_path):
     fails(tmp_path, module(KnowledgeDistillation), DigitsDataModule(), words)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "allowed"),
-    [(BOUNDARIES, {**CD, "boundaries": 3}, "3"), (ProgressiveDistillation, PD, "4")],
-)
-def test_steps_between_untrained_levels_are_refused(kind, options, allowed):
-    student, noise, label = module(kind, **options), torch.randn(2, 1, 8, 8), torch.arange(2)
+def test_steps_between_untrained_boundaries_are_refused():
+    student = module(BOUNDARIES, **CD, boundaries=3)
+    noise, label = torch.randn(2, 1, 8, 8), torch.arange(2)
     assert student.generate(noise, label).shape == noise.shape
-    with pytest.raises(ValueError, match=rf"steps=2: .* samples in {allowed} step\(s\) only"):
+    with pytest.raises(ValueError, match=r"steps=2: .* samples in 3 step\(s\) only"):
         student.generate(noise, label, 2)
 
 
@@ -174,6 +171,7 @@ def test_steps_between_untrained_levels_are_refused(kind, options, allowed):
         (SFD, SFD_2, "2"),
         (SFD, {"steps": [4, 2]}, "4, 2"),
         (KnowledgeDistillation, {}, "1"),
+        (ProgressiveDistillation, PD, "4"),  # a validation asks every stage for the last's steps
         (TrajectoryDistillation, {"steps": 2}, "2"),
         (ConsistencyTrajectory, CTM, "1, 2"),
         (ConsistencyDistillation, CD, "1, 2"),
