@@ -71,7 +71,7 @@ $(RUNS)/sfd_stored/pipeline/model_index.json: | $(TEACHER)/model_index.json
 		--data.init_args.folder $(RUNS)/trajectories
 
 $(RUNS)/sfd_cheap/pipeline/model_index.json: | $(TEACHER)/model_index.json
-	$(LIT) predict --config configs/digits/trajectories.yaml --data.init_args.predict_samples 1000 \
+	$(LIT) predict --config configs/digits/trajectories_cheap.yaml \
 		--trainer.default_root_dir $(RUNS)/trajectories_cheap --model.init_args.teacher $(TEACHER)
 	$(call FIT,sfd_cheap) --model.init_args.teacher $(TEACHER) \
 		--data.init_args.folder $(RUNS)/trajectories_cheap

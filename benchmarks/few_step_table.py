@@ -87,7 +87,8 @@ def students(runs: Path) -> list[tuple[str, Path, int]]:
             print(f"{folder} is not there: {title} is left out")
             continue
         few = load_denoiser(folder).few_steps
-        assert few is not None
+        if few is None:
+            raise SystemExit(f"{folder} holds a teacher and no student: export it again.")
         asked = [n for n in (1, 2, 3, 4, 5) if n in few.trained or (few.gamma > 0 and n in (2, 4))]
         found += [(title, folder, n) for n in asked]
         if name == "pd":
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/digits"))
     parser.add_argument("--out", type=Path, default=Path("digits_methods"))
     parser.add_argument("--num-images", type=int, default=10_000)
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--only", nargs="*", help="folders of runs to measure; all by default")
     options = parser.parse_args()
     count = options.num_images
@@ -115,6 +117,7 @@ def main() -> None:
         return describe(extractor, images, torch.arange(len(images)) % 10)
 
     real = {split: describe(extractor, *data.images(split)) for split in ("train", "test")}
+    found = students(options.runs)
     teacher = load_denoiser(options.runs / "teacher" / "pipeline")
     best, nfe = draw(teacher, count, SEED, steps=18, solver="heun")
     other = seen(draw(teacher, count, SEED + count, steps=18, solver="heun")[0])
@@ -137,11 +140,11 @@ def main() -> None:
         grids = {"own grid": teacher.sigmas(budget)}
         if budget > 1:  # one step is the same for all
             grids["even to 0.006"] = rho_grid(budget, 0.006, teacher.sigma_max)
-        for solver in SOLVERS if budget > 1 else SOLVERS[:1]:
+        for solver in options.solvers if budget > 1 else ["euler"]:
             for which, grid in grids.items():
                 images, used = draw(teacher, count, SEED, solver=solver, grid=grid)
                 add("teacher", f"{solver}, {which}", images, used)
-    for name, folder, steps in students(options.runs):
+    for name, folder, steps in found:
         if options.only and folder.parent.name not in options.only:
             continue
         images, nfe = draw(load_denoiser(folder), count, SEED, steps=steps)

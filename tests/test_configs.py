@@ -41,8 +41,6 @@ CHEAPER: dict[str, tuple[object, ...]] = {
     "cifar10/pd.yaml": ("--model.init_args.teacher_steps", 4, "--model.init_args.updates", "[1,5]"),
     **{f"{data}/pairs.yaml": ("--model.init_args.steps", 2) for data in SHAPES},
 }
-# What a file makes in another folder than its own.
-MADE_BY = {"digits/trajectories_cheap": "digits/trajectories.yaml"}
 
 Run = Callable[[str], None]
 
@@ -147,8 +145,7 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
             if name.endswith("/teacher"):
                 write_teacher(name.removesuffix("/teacher"))
             else:
-                file = MADE_BY.get(name, f"{name}.yaml")
-                run_file(file, "--trainer.default_root_dir", f"runs/{name}")
+                run_file(f"{name}.yaml")
             shutil.copytree(Path("runs") / name, shelf / name)
         shutil.copytree(shelf / name, Path("runs") / name, dirs_exist_ok=True)
 
@@ -192,5 +189,5 @@ def test_every_data_set_has_its_stages() -> None:
     assert found["cifar10"] >= {"teacher", "pairs"} | ode
     for file in FILES:
         for name in needed(file):
-            run = f"{Path(file).parent.name}/{name}"
-            assert MADE_BY.get(run, f"{run}.yaml") in FILES, f"{file} reads from runs/{run}"
+            made_by = f"{Path(file).parent.name}/{name}.yaml"
+            assert made_by in FILES, f"{file} reads what {made_by} would make"
