@@ -149,9 +149,8 @@ def main() -> None:
             continue
         images, nfe = draw(load_denoiser(folder), count, SEED, steps=steps)
         add(name, f"{steps} step{'s' * (steps > 1)}", images, nfe)
-        pictures[f"{name.replace('Distillation', 'D.').replace(', ', ' ')}\n{nfe} NFE"] = images[
-            :20
-        ]
+        run = folder.parent.name if folder.name == "pipeline" else f"{folder.parent.name}, stage"
+        pictures[f"{run}\n{nfe} NFE"] = images[:20]
     write(options.out, rows, pictures)
 
 
