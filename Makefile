@@ -101,7 +101,7 @@ $(METRICS): | $(STUDENT)/model_index.json
 	$(LIT) test $(DISTILL)
 
 # One worker a core, one thread a worker: threads that compete are slower than no threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test: $(STAMP)
 	$(PYTEST)

@@ -9,11 +9,10 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from plane import Points
 from tiny import trainer
 from torch import nn
 
-from lit_distill.datamodules.batches import FixedLoader
 from lit_distill.diffusion import (
     Denoiser,
     EDMDenoiser,
@@ -46,21 +45,6 @@ class Perceptron(nn.Module):
     def forward(self, x, time, condition):
         angles = time[:, None] * self.frequencies
         return self.layers(torch.cat([x, angles.cos(), angles.sin()], 1))
-
-
-class Points(LightningDataModule):
-    """Random batches of tensors in memory, as many as there are steps."""
-
-    def __init__(self, batch_size: int, **tensors: torch.Tensor) -> None:
-        super().__init__()
-        self.tensors, self.batch_size = tensors, batch_size
-
-    def train_dataloader(self):
-        count = len(self.tensors["image"])
-        generator = torch.Generator().manual_seed(0)
-        size = (self.trainer.max_steps, self.batch_size)
-        rows = torch.randint(count, size, generator=generator)
-        return FixedLoader(lambda i: {name: t[i] for name, t in self.tensors.items()}, rows)
 
 
 def truth() -> GaussianMixtureDenoiser:
