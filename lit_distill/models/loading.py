@@ -184,6 +184,11 @@ def _from_sidecar(
             f"{file} has the format {sidecar.get('format')!r}, and this version of lit_distill "
             f"reads {FORMAT}: update it, or export the folder again."
         )
+    if sidecar.get("steps") is not None:  # of before few_steps; it would pass for a teacher
+        raise ValueError(
+            f"{file} is a student's of an early version, which does not say how it is sampled: "
+            "export the folder again."
+        )
     name = sidecar.get("denoiser")
     if name not in _CLASSES:
         raise ValueError(f"{file} names the denoiser {name!r}; known are {', '.join(_CLASSES)}.")

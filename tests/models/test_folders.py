@@ -91,6 +91,18 @@ def test_students_come_back_with_their_steps_classes_and_start(tmp_path, name):
     assert torch.equal(loaded.null(labels), torch.full((4,), 3))
 
 
+def test_a_student_of_an_early_version_does_not_pass_for_a_teacher(tmp_path):
+    save_denoiser(build("edm"), tmp_path / "model")
+    file = tmp_path / "model" / "lit_distill.json"
+    sidecar = json.loads(file.read_text())
+    del sidecar["few_steps"]
+    file.write_text(json.dumps({**sidecar, "steps": [1]}))
+    with pytest.raises(ValueError, match=r"student's of an early version.*export the folder again"):
+        load_denoiser(tmp_path / "model")
+    file.write_text(json.dumps({**sidecar, "steps": None}))  # and a teacher is still one
+    assert load_denoiser(tmp_path / "model").few_steps is None
+
+
 def test_the_folder_is_diffusers_own_without_pickles_or_paths(tmp_path):
     save_denoiser(build("edm"), tmp_path / "model")
     save_denoiser(load_denoiser(tmp_path / "model"), tmp_path / "again")
