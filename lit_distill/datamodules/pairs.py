@@ -82,10 +82,11 @@ class PairsDataModule(ImageDataModule):
             ValueError: If it does not.
         """
         super().check_teacher(denoiser)
-        if self._manifest is not None and denoiser.fingerprint() != self._manifest.teacher:
+        known_as = denoiser.original or denoiser.fingerprint()
+        if self._manifest is not None and known_as != self._manifest.teacher:
             raise ValueError(
                 f"The pairs in {self.folder} were made by another teacher than the one given "
-                f"(its hash is {denoiser.fingerprint()[:12]}, the manifest says "
+                f"(its hash is {known_as[:12]}, the manifest says "
                 f"{self._manifest.teacher[:12]}). Give the teacher that made them (option teacher),"
                 " or write new pairs to another folder with `lit-distill predict`."
             )

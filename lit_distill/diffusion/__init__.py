@@ -18,6 +18,7 @@ from lit_distill.diffusion.denoisers import (
     FlowDenoiser,
     VelocityDenoiser,
 )
+from lit_distill.diffusion.flows import on_path, straightness, velocity
 from lit_distill.diffusion.ideal import EmpiricalDenoiser, GaussianMixtureDenoiser
 from lit_distill.diffusion.noise_levels import (
     LogNormalSigma,
@@ -81,6 +82,7 @@ __all__ = [
     "labels_of",
     "like",
     "linear_betas",
+    "on_path",
     "placed",
     "refined",
     "rho_grid",
@@ -91,8 +93,10 @@ __all__ = [
     "sigma_to_timestep",
     "sigmas_from_alphas_cumprod",
     "solve",
+    "straightness",
     "timestep_to_sigma",
     "told",
     "trailing_timesteps",
+    "velocity",
     "wide",
 ]

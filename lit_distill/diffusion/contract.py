@@ -133,6 +133,8 @@ class Denoiser(nn.Module):
         few_steps: How a student is sampled; None for a teacher, whose solver and steps are free.
         inputs: Further conditions that the network takes: ``to_sigma``, ``steps``, ``guidance``.
         floor: Noise level that is left in its estimate of ``x0``.
+        original: Fingerprint of the model that this one was before its weights were rounded or
+            prepared for adapters; None where they were not.
     """
 
     sigma_min: float
@@ -143,6 +145,7 @@ class Denoiser(nn.Module):
     few_steps: FewSteps | None = None
     inputs: tuple[str, ...] = ()
     floor: float = 0.0
+    original: str | None = None
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise.
@@ -264,22 +267,33 @@ class NetworkDenoiser(Denoiser):
         raise NotImplementedError
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """Evaluate the network in its own precision; the result comes back in that of ``x``.
+        """Evaluate the network at ``sigma``.
 
         A second level is given to the network as a time; left out, it is the first one, as for a
         jump of no length.
+        """
+        if "to_sigma" in self.inputs:
+            given = condition.get("to_sigma", sigma) if isinstance(condition, dict) else sigma
+            to_time = self.time(given.clamp_min(self.sigma_min))
+            condition = told(self, condition, to_sigma=to_time)
+        return self.ask(x, self.time(sigma), condition)
+
+    def ask(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """Evaluate the network in its own precision; the result comes back in that of ``x``.
+
+        Args:
+            x: ``(B, *shape)``, scaled as the network wants it.
+            time: ``(B,)``, its own time; ``to_sigma`` in the condition is one too.
+            condition: Labels or named tensors.
         """
         weight = next(self.network.parameters(), None)
         # Under autocast the weights stay float32, and so does the state between the passes.
         dtype = x.dtype if weight is None else weight.dtype
         # Never in bfloat16, which cannot tell neighbouring times apart.
         precision = torch.promote_types(dtype, torch.float32)
-        time = self.time(sigma).to(precision)
-        if "to_sigma" in self.inputs:
-            given = condition.get("to_sigma", sigma) if isinstance(condition, dict) else sigma
-            to_time = self.time(given.clamp_min(self.sigma_min)).to(precision)
-            condition = told(self, condition, to_sigma=to_time)
-        return self.network(x.to(dtype), time, condition).to(x.dtype)
+        if isinstance(condition, dict) and "to_sigma" in condition:
+            condition = {**condition, "to_sigma": condition["to_sigma"].to(precision)}
+        return self.network(x.to(dtype), time.to(precision), condition).to(x.dtype)
 
 
 class GuidedDenoiser(Denoiser):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_distill.diffusion.contract import Condition, NetworkDenoiser, like
+from lit_distill.diffusion.contract import Condition, NetworkDenoiser, like, told
 from lit_distill.diffusion.noise_levels import (
     check_steps,
     linear_betas,
@@ -231,20 +231,25 @@ class FlowDenoiser(NetworkDenoiser):
     ``1 - t``, so that ``D = x_t - t u`` (Liu et al. 2023).
 
     Args:
-        network: Asked at the time ``1000 t`` (diffusers' convention).
+        network: Asked at the time ``time_scale t``.
         sigma_max: Largest level; 1e6 stands for ``t = 1``, which no finite level is.
         sigma_min: Stands for ``t = 0`` in grids that may not end there.
+        time_scale: 1000 is diffusers' convention.
     """
 
     def __init__(
-        self, network: nn.Module, sigma_max: float = _PURE_NOISE, sigma_min: float = 1e-3
+        self,
+        network: nn.Module,
+        sigma_max: float = _PURE_NOISE,
+        sigma_min: float = 1e-3,
+        time_scale: float = 1000.0,
     ) -> None:
         super().__init__(network)
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min, self.sigma_max, self.time_scale = sigma_min, sigma_max, time_scale
 
     def time(self, sigma: Tensor) -> Tensor:
-        """``1000 t``, with ``t`` in [0, 1]."""
-        return 1000 * self.path_time(sigma)
+        """``time_scale t``, with ``t`` in [0, 1]."""
+        return self.time_scale * self.path_time(sigma)
 
     def path_time(self, sigma: Tensor) -> Tensor:
         """``t`` in [0, 1] at ``sigma``; exactly 1 from 1e6 on."""
@@ -256,6 +261,24 @@ class FlowDenoiser(NetworkDenoiser):
         scaled = x * like(self.signal_scale(sigma), x)
         t = self.path_time(sigma)
         return scaled - like(t, x) * self.predict(scaled, sigma, condition)
+
+    def velocity(
+        self, x: Tensor, t: Tensor, condition: Condition = None, end: Tensor | None = None
+    ) -> Tensor:
+        """The network's own output: the mean velocity of the flow.
+
+        Args:
+            x: ``(B, *shape)``, a state of the straight path ``x_t = (1-t) x0 + t noise``.
+            t: ``(B,)``, its time in [0, 1].
+            condition: Passed to the network.
+            end: ``(B,)``, the time that a network with the input ``to_sigma`` shall average the
+                velocity down to; ``t`` by default, which is the velocity at ``t``.
+
+        Returns:
+            ``(B, *shape)``, an estimate of ``noise - x0``.
+        """
+        to_time = self.time_scale * (t if end is None else end)
+        return self.ask(x, self.time_scale * t, told(self, condition, to_sigma=to_time))
 
     def start(self, noise: Tensor) -> Tensor:
         """The network's first input is the noise itself, as in a stock pipeline at ``t = 1``."""
@@ -283,4 +306,5 @@ class FlowDenoiser(NetworkDenoiser):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
-        return {"sigma_max": self.sigma_max, "sigma_min": self.sigma_min}
+        names = ("sigma_max", "sigma_min", "time_scale")
+        return {name: getattr(self, name) for name in names}

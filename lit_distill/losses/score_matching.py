@@ -31,6 +31,18 @@ def denoising_loss(
         ``(B,)``, the loss of each sample, averaged over its numbers.
     """
     denoised = denoiser(x0 + like(sigma, x0) * noise, sigma, condition)
+    return denoising_error(denoiser, denoised, x0, sigma)
+
+
+def denoising_error(denoiser: Denoiser, denoised: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    """The loss ``(B,)`` of denoised samples, see :func:`denoising_loss`.
+
+    Args:
+        denoiser: The model that denoised them, whose weight is taken.
+        denoised: ``(B, *shape)``, its estimates of ``x0``.
+        x0: ``(B, *shape)``, clean samples.
+        sigma: ``(B,)``, noise levels.
+    """
     error = (denoised - x0).flatten(1).square().mean(1)
     return denoiser.loss_weight(sigma).to(error.dtype) * error
 
@@ -102,3 +114,29 @@ def surrogate_loss(x: Tensor, gradient: Tensor) -> Tensor:
     """
     target = (x - gradient).detach()
     return 0.5 * (x - target).flatten(1).square().mean(1)
+
+
+def score_identity_loss(
+    x: Tensor, real: Tensor, fake: Tensor, alpha: float = 1.2, *, normalise: bool = True
+) -> Tensor:
+    """Loss ``(B,)`` of score identity distillation (Zhou et al. 2024, SiD, Eq. 23).
+
+    ``(f_real - f_fake) . [(f_real - x) - alpha (f_real - f_fake)]``, over the numbers of a sample.
+    With ``alpha = 0.5``, not normalised, and with an exact fake score its gradient is half that
+    of the Fisher divergence (times ``sigma^4``); at 1.2 it is no divergence's gradient.
+
+    Args:
+        x: ``(B, *shape)``, the generator's samples.
+        real: ``(B, *shape)``, the teacher's denoising of them once noised, with its graph.
+        fake: ``(B, *shape)``, the fake score's, with its graph.
+        alpha: Weight of the squared difference.
+        normalise: Divide by ``mean |x - f_real|``, without a gradient.
+
+    Returns:
+        The mean over the numbers of each sample.
+    """
+    difference = real - fake
+    loss = (difference * ((real - x) - alpha * difference)).flatten(1).mean(1)
+    if not normalise:
+        return loss
+    return loss / (x - real).detach().flatten(1).abs().mean(1).clamp_min(1e-3)

@@ -1,6 +1,7 @@
 """The base of methods with several trained networks, each with its own optimizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
@@ -123,6 +124,19 @@ class AlternatingDistillationModule(DistillationModule):
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             if scheduler is not None:
                 scheduler.step()
+
+
+@contextmanager
+def untrained(*modules: nn.Module) -> Iterator[None]:
+    """Let gradients pass through modules and not into their weights, for what runs forward here."""
+    weights = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def _step_uncounted(optimizer: LightningOptimizer) -> None:

@@ -65,6 +65,8 @@ class DistillationModule(LightningModule):
             student's own way.
         compile: Compile the networks with ``torch.compile``.
         channels_last: Keep weights in the channels-last layout (faster convolutions on GPUs).
+        ema_device: Device that the average is kept on, for example ``cpu`` to leave a GPU's memory
+            to the training, for a copy of the weights each update; by default the student's.
 
     Attributes:
         ema: The averaged student, ``ema.module``.
@@ -87,6 +89,7 @@ class DistillationModule(LightningModule):
         solver: str | None = None,
         compile: bool = False,
         channels_last: bool = False,
+        ema_device: str | None = None,
     ) -> None:
         if solver is not None:
             check_solver(solver)  # not first when the training is over
@@ -95,7 +98,12 @@ class DistillationModule(LightningModule):
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False)
-        self.ema = AveragedModel(student, multi_avg_fn=self._average).requires_grad_(False)
+        if ema_device is None:
+            self.ema = AveragedModel(student, multi_avg_fn=self._average)
+        else:
+            self.ema = _AverageElsewhere(student, ema_device, multi_avg_fn=self._average)
+        self.ema.requires_grad_(False)
+        self._near_average: tuple[int, Denoiser] | None = None
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.ema_decay, self.steps, self.solver = ema_decay, steps, solver
         self.compile_networks, self.channels_last = compile, channels_last
@@ -109,7 +117,13 @@ class DistillationModule(LightningModule):
     @property
     def network(self) -> Denoiser:
         """The model that is sampled and exported: the student with averaged weights."""
-        return cast(Denoiser, self.ema.module)
+        average = cast(Denoiser, self.ema.module)
+        if not isinstance(self.ema, _AverageElsewhere) or self.ema.device == self.device:
+            return average
+        count = int(self.ema.n_averaged)
+        if self._near_average is None or self._near_average[0] != count:
+            self._near_average = count, copy.deepcopy(average).to(self.device)
+        return self._near_average[1]
 
     @torch.no_grad()
     def generate(
@@ -142,7 +156,7 @@ class DistillationModule(LightningModule):
 
     def preview(self, noise: Tensor, condition: Condition = None) -> dict[str, Tensor]:
         """Rows of images that show how training stands, by name; always from the same noise."""
-        return {"student": self.generate(noise, condition)}
+        return {"student": self.generate(noise, condition, generator=always_the_same(noise))}
 
     def sampling_record(self) -> dict[str, Any]:
         """How ``generate`` samples: what a set of stored pairs says about its origin."""
@@ -170,9 +184,9 @@ class DistillationModule(LightningModule):
         """
         return None
 
-    def drawn_for_all(self, count: int) -> int:
-        """Draw a number below ``count`` for this step, the same in all processes."""
-        return int(self._seeds(0).integers(count))
+    def drawn_for_all(self, count: int, draw: int = 0) -> int:
+        """Draw a number below ``count``, the ``draw``-th of this step, alike in all processes."""
+        return int(self._seeds(0).integers(count, size=draw + 1)[draw])
 
     def trained_modules(self) -> list["Trained"]:
         """What is trained, the student first."""
@@ -252,6 +266,7 @@ class DistillationModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the step by (seed, step, rank), so that a resumed run draws what it would have."""
         torch.manual_seed(int(self._seeds(1 + self.global_rank).integers(2**63)))
+        self._near_average = None  # its memory is the training's now
         self._step_began = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -344,6 +359,22 @@ class DistillationModule(LightningModule):
         )
 
 
+def always_the_same(noise: Tensor) -> torch.Generator:
+    """The source of what is drawn between the steps of a preview."""
+    return torch.Generator(noise.device).manual_seed(0)
+
+
+class _AverageElsewhere(AveragedModel):
+    """An average that stays on its device, whatever its module is moved to."""
+
+    def __init__(self, model: nn.Module, device: str, **options: Any) -> None:
+        super().__init__(model, torch.device(device), **options)
+        self.device = torch.device(device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "_AverageElsewhere":
+        return self
+
+
 @dataclass
 class Trained:
     """A network in training and how it is trained.
@@ -374,7 +405,9 @@ def _is_plain(value: Any) -> bool:
 
 def copy_of(denoiser: Denoiser) -> Denoiser:
     """A trainable copy of a frozen model."""
-    return copy.deepcopy(denoiser).requires_grad_(True)
+    new = copy.deepcopy(denoiser).requires_grad_(True)
+    new.original = None
+    return new
 
 
 def student_of(teacher: Denoiser, start: str | Denoiser | None = None) -> Denoiser:
@@ -401,6 +434,19 @@ def network_of(denoiser: Denoiser) -> NetworkDenoiser:
             "option student."
         )
     return denoiser
+
+
+def round_weights(denoiser: Denoiser, precision: str) -> None:
+    """Round a frozen model's weights to ``bfloat16``, in place; keep them for ``float32``.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"teacher_precision={precision!r}: choose float32 or bfloat16.")
+    if precision == "bfloat16":
+        denoiser.original = denoiser.original or denoiser.fingerprint()
+        denoiser.to(torch.bfloat16)
 
 
 def noised(x0: Tensor, sigma: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Distribution Matching Distillation (Yin et al. 2024)."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -18,17 +18,22 @@ from lit_distill.methods.alternating import AlternatingDistillationModule
 from lit_distill.methods.base import (
     Batch,
     Trained,
+    always_the_same,
     as_denoiser,
     condition_of,
     copy_of,
+    network_of,
+    round_weights,
 )
+from lit_distill.models import LoRA, adapted
 
 
 class Generated(NamedTuple):
-    """Samples of the student, detached, and what they are conditional on."""
+    """Samples of the student, detached, what they are conditional on, and the data beside them."""
 
     image: Tensor
     condition: Condition
+    data: Tensor
 
 
 class DMD(AlternatingDistillationModule):
@@ -79,6 +84,12 @@ class DMD(AlternatingDistillationModule):
         student: What the student starts from, where that is not the teacher: a denoiser of any
             size, or a folder or hub id of one.
         fake_score: What the fake score starts from, likewise.
+        lora: Train low-rank adapters for student and fake score, which share the teacher's
+            network, instead of two networks of their own.
+        teacher_precision: ``bfloat16`` halves the teacher's memory; what shares its network too.
+        gradient_checkpointing: Compute the student's and the fake score's states again in the
+            backward pass instead of keeping them.
+        ema_device: Where the average is kept, see :class:`DistillationModule`.
 
     Raises:
         ValueError: If a setting is impossible.
@@ -107,10 +118,17 @@ class DMD(AlternatingDistillationModule):
         channels_last: bool = False,
         student: str | Denoiser | None = None,
         fake_score: str | Denoiser | None = None,
+        lora: LoRA | None = None,
+        teacher_precision: Literal["float32", "bfloat16"] = "float32",
+        gradient_checkpointing: bool = False,
+        ema_device: str | None = None,
     ) -> None:
         _check(update_ratio, noise_range)
         frozen = as_denoiser(teacher)
-        generator = copy_of(frozen if student is None else as_denoiser(student))
+        generator, fake = _trainable(frozen, student, fake_score, lora)
+        if gradient_checkpointing:
+            _checkpoint_gradients(generator, fake, shared=lora is not None)
+        round_weights(frozen, teacher_precision)
         if generator_sigma is not None:
             generator.start_from(generator_sigma)
         generator.few_steps = FewSteps(trained=(1,))
@@ -123,9 +141,10 @@ class DMD(AlternatingDistillationModule):
             ema_decay=ema_decay,
             compile=compile,
             channels_last=channels_last,
+            ema_device=ema_device,
         )
         self.save_hyperparameters(logger=False)
-        self.fake_score = copy_of(frozen if fake_score is None else as_denoiser(fake_score))
+        self.fake_score = fake
         self.real_score = GuidedDenoiser(frozen, guidance)
         self.distance = as_distance(distance) if regression_weight > 0 else None
         self.regression_weight, self.distribution_weight = regression_weight, distribution_weight
@@ -141,53 +160,62 @@ class DMD(AlternatingDistillationModule):
         self.update("student", lambda part: self.student_loss(part, samples), parts)
         for i in range(self.update_ratio):
             if i > 0:
-                samples = [self.fresh_samples(part) for part in parts]
+                samples = [self.fresh_samples(part, i) for part in parts]
             self.update("fake_score", self.fake_loss, samples)
         self.step_schedules()
 
     def student_loss(self, batch: Batch, samples: list[Generated]) -> Tensor:
-        """Distribution matching on fresh noise and regression on pairs; samples are handed on."""
+        """The loss of fresh samples, which are handed on, and regression on pairs."""
         condition, count = condition_of(batch), len(batch["image"])
-        noise = torch.randn_like(batch["image"])
         if self.distance is None:
-            x = self.one_step(noise, condition)
+            x = self.generated(batch)
         else:
-            both = torch.cat([noise, _noise_of(batch)])
+            both = torch.cat([torch.randn_like(batch["image"]), _noise_of(batch)])
             x, x_paired = self.one_step(both, _twice(condition)).split(count)
-        sigma = self.draw_sigma(count)
-        matching = distribution_matching(
-            x,
-            sigma,
-            torch.randn_like(x),
-            self.real_score,
-            self.fake_score,
-            condition,
-            normalise=self.normalise,
-        )
-        samples.append(Generated(x.detach(), condition))
-        loss = surrogate_loss(x, matching.gradient).mean()
-        self.log("loss/distribution", loss, prog_bar=True)
-        self.log("weight/mean", matching.weight.mean())
-        loss = self.distribution_weight * loss
+        samples.append(Generated(x.detach(), condition, batch["image"]))
+        loss = self.sample_loss(x, condition)
         if self.distance is not None:
             regression = self.regression(x_paired, batch).mean()
             self.log("loss/regression", regression, prog_bar=True)
             loss = loss + self.regression_weight * regression
         return loss
 
+    def sample_loss(self, x: Tensor, condition: Condition) -> Tensor:
+        """The loss of the student's samples: distribution matching."""
+        loss = self.distribution_loss(x, condition)
+        self.log("loss/distribution", loss, prog_bar=True)
+        return self.distribution_weight * loss
+
+    def distribution_loss(self, x: Tensor, condition: Condition) -> Tensor:
+        """A scalar whose gradient is that of the divergence to the teacher's density."""
+        matching = distribution_matching(
+            x,
+            self.draw_sigma(len(x)),
+            torch.randn_like(x),
+            self.real_score,
+            self.fake_score,
+            condition,
+            normalise=self.normalise,
+        )
+        self.log("weight/mean", matching.weight.mean())
+        return surrogate_loss(x, matching.gradient).mean()
+
     def fake_loss(self, samples: Generated) -> Tensor:
         """Denoising score matching on the student's samples."""
-        x, condition = samples
+        x, condition, _ = samples
         sigma = self.draw_sigma(len(x))
         loss = denoising_loss(self.fake_score, x, sigma, torch.randn_like(x), condition).mean()
         self.log("loss/fake_score", loss, prog_bar=True)
         return loss
 
     @torch.no_grad()
-    def fresh_samples(self, batch: Batch) -> Generated:
-        """Samples without a graph."""
-        condition = condition_of(batch)
-        return Generated(self.one_step(torch.randn_like(batch["image"]), condition), condition)
+    def fresh_samples(self, batch: Batch, draw: int) -> Generated:
+        """Samples without a graph, the ``draw``-th of this batch."""
+        return Generated(self.generated(batch, draw), condition_of(batch), batch["image"])
+
+    def generated(self, batch: Batch, draw: int = 0) -> Tensor:
+        """The student's samples from fresh noise."""
+        return self.one_step(torch.randn_like(batch["image"]), condition_of(batch))
 
     def one_step(self, noise: Tensor, condition: Condition) -> Tensor:
         """The student's samples from unit noise."""
@@ -222,7 +250,7 @@ class DMD(AlternatingDistillationModule):
     @torch.no_grad()
     def preview(self, noise: Tensor, condition: Condition = None) -> dict[str, Tensor]:
         """Student, its noised samples, and how the real and the fake score denoise them."""
-        x = self.generate(noise, condition)
+        x = self.generate(noise, condition, generator=always_the_same(noise))
         assert self.teacher is not None
         sigma = self.teacher.schedule(torch.full((len(x),), 0.5, device=x.device))
         seen = distribution_matching(
@@ -256,6 +284,45 @@ def _check(update_ratio: int, noise_range: tuple[float, float]) -> None:
     low, high = noise_range
     if not 0 <= low < high <= 1:
         raise ValueError(f"noise_range={noise_range} must be two rising shares in [0, 1].")
+
+
+def _trainable(
+    teacher: Denoiser,
+    student: str | Denoiser | None,
+    fake_score: str | Denoiser | None,
+    lora: LoRA | None,
+) -> tuple[Denoiser, Denoiser]:
+    """Student and fake score: two networks, or two adapters on the teacher's."""
+    if lora is None:
+        starts = (teacher if s is None else as_denoiser(s) for s in (student, fake_score))
+        generator, fake = (copy_of(start) for start in starts)
+        return generator, fake
+    if student is not None or fake_score is not None:
+        raise ValueError(
+            "With lora the student and the fake score share the teacher's network: leave the "
+            "options student and fake_score out."
+        )
+    shared = network_of(teacher)
+    return adapted(shared, lora), adapted(shared, lora)
+
+
+def _checkpoint_gradients(*denoisers: Denoiser, shared: bool) -> None:
+    if shared:
+        raise ValueError(
+            "gradient_checkpointing does not work with lora: the states would be computed again "
+            "after the adapter has left the network. Use one of the two."
+        )
+    for denoiser in denoisers:
+        network = network_of(denoiser).network
+        enable: Any = getattr(
+            getattr(network, "unet", network), "enable_gradient_checkpointing", None
+        )
+        if enable is None:
+            raise ValueError(
+                f"A {type(network).__name__} cannot compute its states again: set "
+                "gradient_checkpointing to false."
+            )
+        enable()
 
 
 def _noise_of(batch: Batch) -> Tensor:

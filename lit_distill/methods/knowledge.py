@@ -95,16 +95,17 @@ class KnowledgeDistillation(DistillationModule):
         return ("teacher", "distance")
 
 
-def stored_pair(batch: Batch) -> tuple[Tensor, Tensor]:
+def stored_pair(batch: Batch, method: str = "Knowledge distillation") -> tuple[Tensor, Tensor]:
     """Noise and image of a batch of pairs.
 
     Raises:
         ValueError: If the batch holds images only.
     """
     if "noise" not in batch:
+        online = ", or set online to true" if method == "Knowledge distillation" else ""
         raise ValueError(
-            "Knowledge distillation needs noise-image pairs, but the batches hold images only: use "
+            f"{method} needs noise-image pairs, but the batches hold images only: use "
             "PairsDataModule with a folder of pairs (lit-distill predict --config "
-            "configs/digits/pairs.yaml), or set online to true."
+            f"configs/digits/pairs.yaml){online}."
         )
     return batch["noise"], batch["image"]

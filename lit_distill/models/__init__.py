@@ -2,15 +2,24 @@
 
 from lit_distill.models.condition_embedding import ConditionEmbedding
 from lit_distill.models.conditioning import ModulatedNetwork, add_inputs
+from lit_distill.models.discriminator import Discriminator, tapped
 from lit_distill.models.loading import load_denoiser
+from lit_distill.models.lora import AdaptedNetwork, LoRA, adapted, merged, save_adapter
 from lit_distill.models.networks import UNet
 from lit_distill.models.saving import save_denoiser
 
 __all__ = [
+    "AdaptedNetwork",
     "ConditionEmbedding",
+    "Discriminator",
+    "LoRA",
     "ModulatedNetwork",
     "UNet",
+    "adapted",
     "add_inputs",
     "load_denoiser",
+    "merged",
+    "save_adapter",
     "save_denoiser",
+    "tapped",
 ]

@@ -125,7 +125,7 @@ class _Velocity(_Epsilon):
 
 
 class _Flow(_Edm):
-    """``noise - x0`` on the straight path, at ``1000 t`` with ``t = sigma / (1 + sigma)``."""
+    """``noise - x0`` on the straight path, at ``time_scale t`` with ``t = sigma / (1 + sigma)``."""
 
     @property
     def start(self) -> float:
@@ -140,7 +140,7 @@ class _Flow(_Edm):
         return [self.sigma_max, *(max(t / (1 - t), self.sigma_min) for t in times), 0.0]
 
     def time(self, sigma: float) -> float:
-        return 1000 * self.path_time(sigma)
+        return self.settings.get("time_scale", 1000) * self.path_time(sigma)
 
     def scalings(self, sigma: float) -> tuple[float, float, float]:
         return 1 / (1 + sigma), -self.path_time(sigma), 1 / (1 + sigma)

@@ -32,6 +32,8 @@ class UNet(nn.Module):
             fit the normalisation or the attention.
     """
 
+    feature_layers = ("unet.mid_block",)  # what a discriminator looks at
+
     def __init__(
         self,
         image_size: int,

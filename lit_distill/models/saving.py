@@ -36,10 +36,12 @@ from lit_distill.diffusion import (
     VelocityDenoiser,
 )
 from lit_distill.models.few_step_pipeline import FewStepPipeline
+from lit_distill.models.lora import merged
 
 SIDECAR = "lit_distill.json"
 FORMAT = 1
 _CONSISTENCY_TIME_SCALE = 1000  # CMStochasticIterativeScheduler asks at 1000 ln(sigma) / 4
+_FLOW_TIME_SCALE = 1000  # FlowMatchEulerDiscreteScheduler asks at 1000 t
 # What a folder needs where lit_distill is not installed: the file here, and its name there.
 _CODE = {
     "pipeline.py": "few_step_pipeline.py",
@@ -62,6 +64,7 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
         ValueError: If there is no stock format for this denoiser, or something else than such a
             folder is in the way.
     """
+    denoiser = merged(denoiser)
     pipeline = _pipeline(denoiser)
     sidecar = {
         "format": FORMAT,
@@ -175,7 +178,7 @@ def _stock_samples_alike(denoiser: Denoiser) -> bool:
     if denoiser.inputs:  # a stock pipeline tells a network its time and its label only
         return False
     if few is None:
-        return True
+        return not isinstance(denoiser, FlowDenoiser) or denoiser.time_scale == _FLOW_TIME_SCALE
     one_step = all(steps == 1 for steps in few.trained)
     own = not few.analytical_first_step and all(_own_grid(denoiser, n) for n in few.trained)
     if isinstance(denoiser, EDMDenoiser):
@@ -191,7 +194,7 @@ def _stock_samples_alike(denoiser: Denoiser) -> bool:
     assert isinstance(denoiser, FlowDenoiser)
     # The stock scheduler's grid is not uniform in t, and starts at t = 1.
     starts_at_noise = float(denoiser.path_time(torch.tensor(denoiser.sigma_max))) == 1
-    return own and one_step and starts_at_noise
+    return own and one_step and starts_at_noise and denoiser.time_scale == _FLOW_TIME_SCALE
 
 
 def _own_grid(denoiser: Denoiser, steps: int) -> bool:

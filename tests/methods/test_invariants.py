@@ -45,7 +45,8 @@ def test_a_loss_has_a_gradient_in_its_own_network_only(row, tmp_path, monkeypatc
         module.zero_grad(set_to_none=True)
         backward(loss, *args, **kwargs)
         named = module.named_parameters()
-        seen.append({name.split(".")[0] for name, p in named if p.grad is not None})
+        networks = {name.split(".")[0] for name, p in named if p.grad is not None}
+        seen.append(networks - set(row.follows))  # those have no loss of their own
 
     monkeypatch.setattr(module, "backward", watched)
     trainer(tmp_path, max_steps=2).fit(module, Digits())
@@ -202,7 +203,8 @@ def test_previews_and_samples_leave_no_trace(row):
     before = copy.deepcopy(module.state_dict())
     noise, label = torch.randn(4, 1, 8, 8), torch.arange(4)
     rows = module.preview(noise, label)
-    assert torch.equal(rows["student"], module.generate(noise, label))
+    source = torch.Generator().manual_seed(0)  # some students add noise between their steps
+    assert torch.equal(rows["student"], module.generate(noise, label, generator=source))
     assert torch.equal(rows["student"], module.preview(noise, label)["student"])
     assert not differing(before, module.state_dict())
     assert all(image.shape == noise.shape and not image.requires_grad for image in rows.values())

@@ -18,21 +18,28 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_distill.datamodules import DigitsDataModule
-from lit_distill.diffusion import EDMDenoiser, seeded_noise
+from lit_distill.diffusion import EDMDenoiser, FlowDenoiser, seeded_noise
 from lit_distill.methods import (
     DMD,
+    DMD2,
     SFD,
+    AdversarialDistillation,
     ConsistencyDistillation,
     ConsistencyTraining,
     ConsistencyTrajectory,
     DiffusionTeacher,
     DistillationModule,
+    FlowDistillation,
     KnowledgeDistillation,
+    MeanFlow,
     MultiBoundaryConsistencyDistillation,
     ProgressiveDistillation,
+    RectifiedFlow,
+    Reflow,
+    SiD,
     TrajectoryDistillation,
 )
-from lit_distill.models import UNet
+from lit_distill.models import LoRA, UNet
 
 NETWORK = {
     "image_size": 8,
@@ -49,6 +56,11 @@ def denoiser(seed: int = 0, **network: Any) -> EDMDenoiser:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return EDMDenoiser(UNet(**{**NETWORK, **network}), sigma_data=0.75)
+
+
+def flow(seed: int = 0, **network: Any) -> FlowDenoiser:
+    """The same network, taken for a flow's."""
+    return FlowDenoiser(denoiser(seed, **network).network)
 
 
 class Digits(DigitsDataModule):
@@ -84,14 +96,27 @@ SFD_2 = {"steps": 2, "teacher_substeps": 2}
 SFD_V = {"steps": [3, 2], "teacher_substeps": 2}
 CD = {"num_nodes": 6}
 CTM = {"num_nodes": 6, "max_teacher_steps": 2, "steps": [1, 2]}
+ALTERNATING = "ddp_find_unused_parameters_true"
+# Large enough weights that a few steps of them move a tiny network.
+JUDGED = {"adversarial_weight": 1.0, "discriminator_weight": 1.0}
+DMD2_MORE = {**JUDGED, "features": "teacher", "adversarial_loss": "hinge", "r1_weight": 1.0}
+ADD = {"distillation_weight": 1.0, "steps": 2, "adversarial_loss": "softplus"}
+FLOW_YAML = {
+    "class_path": "lit_distill.diffusion.FlowDenoiser",
+    "init_args": {"network": {"class_path": "lit_distill.models.UNet", "init_args": NETWORK}},
+}
+
+
+WITHOUT_DISTANCE = (ProgressiveDistillation, RectifiedFlow, Reflow, MeanFlow)
 
 
 def module(kind: type[DistillationModule], **options: Any) -> DistillationModule:
     """A method around a tiny network."""
-    plain = {} if kind is ProgressiveDistillation else {"distance": "l2"}
+    plain = {"distance": "l2"} if kind not in WITHOUT_DISTANCE else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)  # what a student takes beside its teacher's weights starts at random
-        return kind(denoiser(), **{**plain, "optimizer": adam, **options})
+        start = flow() if kind in (RectifiedFlow, FlowDistillation) else denoiser()
+        return kind(start, **{**plain, "optimizer": adam, **options})
 
 
 @dataclass(frozen=True)
@@ -103,7 +128,7 @@ class Row:
         model: What a YAML file says of it, given the folder of a teacher.
         on_pairs: Whether it is trained on pairs, and not on the data.
         strategy: The strategy that it names for several processes.
-        follows: Its submodules that change without being trained, beside ``ema``.
+        follows: Its submodules that change without an optimizer of their own, beside ``ema``.
         updates: Student updates of the first batches; of all further ones, the last of these.
         renewed: Student updates after which average, optimizer and schedule start anew.
     """
@@ -161,11 +186,15 @@ def _training_yaml() -> dict[str, Any]:
 
 
 def _yaml(folder: Path, kind: type[DistillationModule], **options: Any) -> dict[str, Any]:
-    start = "denoiser" if kind is ConsistencyTraining else "teacher"
-    plain = {} if kind is ProgressiveDistillation else {"distance": "l2"}
+    start = "denoiser" if kind in (ConsistencyTraining, RectifiedFlow) else "teacher"
+    plain = {"distance": "l2"} if kind not in WITHOUT_DISTANCE else {}
     training = _training_yaml()
     if kind is ProgressiveDistillation:
         del training["lr_scheduler"]  # it has its own
+    if kind is RectifiedFlow:
+        options = {**options, "denoiser": FLOW_YAML}
+    if kind is FlowDistillation:
+        options = {**options, "student": FLOW_YAML}
     arguments = {start: str(folder), **plain, **training, **options}
     return {"class_path": f"lit_distill.methods.{kind.__name__}", "init_args": arguments}
 
@@ -185,12 +214,12 @@ def _row(
 
 METHODS = {
     "teacher": Row(teacher_module, _teacher_yaml),
-    "dmd": Row(dmd_module, _dmd_yaml, on_pairs=True, strategy="ddp_find_unused_parameters_true"),
+    "dmd": Row(dmd_module, _dmd_yaml, on_pairs=True, strategy=ALTERNATING),
     "dmd_ratio_3": Row(
         partial(dmd_module, update_ratio=3),
         partial(_dmd_yaml, update_ratio=3),
         on_pairs=True,
-        strategy="ddp_find_unused_parameters_true",
+        strategy=ALTERNATING,
     ),
     "kd": _row(KnowledgeDistillation, on_pairs=True),
     "kd_online": _row(KnowledgeDistillation, KD_ONLINE),
@@ -204,6 +233,29 @@ METHODS = {
     "ct": _row(ConsistencyTraining, {"stage_updates": 3}),
     "multi_boundary": _row(MultiBoundaryConsistencyDistillation, {**CD, "boundaries": 2}),
     "ctm": _row(ConsistencyTrajectory, CTM, follows=("average",)),
+    "rectified_flow": _row(RectifiedFlow),
+    "reflow": _row(Reflow, on_pairs=True),
+    "flow_distillation": _row(FlowDistillation, on_pairs=True),
+    "mean_flow": _row(MeanFlow),
+    "mean_flow_differences": _row(MeanFlow, {"derivative": "finite_difference"}),
+    "dmd2": _row(
+        DMD2, {**JUDGED, "update_ratio": 3}, strategy=ALTERNATING, follows=("discriminator",)
+    ),
+    "dmd2_2_steps": _row(
+        DMD2,
+        {**DMD2_MORE, "steps": 2, "update_ratio": 2, "divergence": "jensen_shannon"},
+        strategy=ALTERNATING,
+        follows=("discriminator",),
+    ),
+    "dmd_lora": Row(
+        partial(module, DMD, lora=LoRA(rank=2)),
+        partial(_dmd_yaml, lora={"rank": 2}),
+        on_pairs=True,
+        strategy=ALTERNATING,
+    ),
+    "sid": _row(SiD, strategy=ALTERNATING),
+    "adversarial": _row(AdversarialDistillation, strategy=ALTERNATING),
+    "adversarial_2_steps": _row(AdversarialDistillation, ADD, strategy=ALTERNATING),
 }
 """Add one row a method: the tests of invariants, checkpoints and resuming go through them all."""
 
