@@ -31,11 +31,7 @@ FEW_STEPS = (
     *("--data.init_args.batch_size", "2"),
 )
 FEW_PAIRS = ("--data.init_args.predict_samples", 8, "--data.init_args.predict_batch_size", 4)
-NETWORK = "--model.init_args.denoiser.init_args.network.init_args"
-SMALL_NETWORK = (
-    *(f"{NETWORK}.block_out_channels", "[8,8]", f"{NETWORK}.layers_per_block", "1"),
-    *(f"{NETWORK}.norm_num_groups", "4", f"{NETWORK}.attention_levels", "[]"),
-)
+NETWORK = "--model.init_args.{}.init_args.network.init_args"
 # What a number in the file makes slow, and no other option would show.
 CHEAPER: dict[str, tuple[object, ...]] = {
     "cifar10/pd.yaml": ("--model.init_args.teacher_steps", 4, "--model.init_args.updates", "[1,5]"),
@@ -132,7 +128,10 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
             ended = command("predict", "--config", CONFIGS / file, *options, *FEW_PAIRS)
         else:
             if "network:" in text:
-                options = (*options, *SMALL_NETWORK)
+                options = (
+                    *options,
+                    *small_network("denoiser" if "denoiser:" in text else "student"),
+                )
             if "losses.LPIPS" in text:
                 option = "--model.init_args.distance.init_args"
                 options = (*options, f"{option}.weights", vgg, f"{option}.resize", 32)
@@ -150,6 +149,15 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
         shutil.copytree(shelf / name, Path("runs") / name, dirs_exist_ok=True)
 
     return run_file
+
+
+def small_network(option: str) -> tuple[str, ...]:
+    """The network that an option holds, made smaller."""
+    name = NETWORK.format(option)
+    return (
+        *(f"{name}.block_out_channels", "[8,8]", f"{name}.layers_per_block", "1"),
+        *(f"{name}.norm_num_groups", "4", f"{name}.attention_levels", "[]"),
+    )
 
 
 def needed(file: str) -> list[str]:
@@ -185,8 +193,10 @@ def test_every_data_set_has_its_stages() -> None:
     assert sum(map(len, found.values())) == len(FILES)
     ode = {"kd", "pd", "td", "sfd", "sfd_v", "sfd_stage2", "cd", "ct", "multi_boundary", "ctm"}
     assert found["mnist"] == {"teacher", "pairs", "dmd"}
-    assert found["digits"] >= found["mnist"] | ode | {"trajectories", "sfd_stored", "ct_scratch"}
-    assert found["cifar10"] >= {"teacher", "pairs"} | ode
+    flows = {"flow", "flow_pairs", "reflow", "flow_distillation", "mean_flow"}
+    both = {"teacher", "pairs", *ode, *flows, "dmd", "dmd2", "sid", "ladd"}
+    assert found["digits"] >= both | {"trajectories", "sfd_stored", "ct_scratch"}
+    assert found["cifar10"] >= both
     for file in FILES:
         for name in needed(file):
             made_by = f"{Path(file).parent.name}/{name}.yaml"

@@ -150,6 +150,14 @@ class Evaluation(Callback):
         }
         if samples.logits is not None and samples.labels is not None:
             figures["label_accuracy"] = label_accuracy(samples.logits, samples.labels)
+        for decay in module.further_ema_decays:
+            with module.sampled_with(decay):
+                of_decay = references.samples(
+                    module_sampler(module, self.steps[0]), draw, "average"
+                )
+            figures[f"{name}/ema_{decay:g}"] = frechet_distance(
+                reference.features, of_decay.features
+            )
         for name, value in figures.items():
             pl_module.log(f"val/{name}", value, sync_dist=True)  # equal on all processes already
 

@@ -1,5 +1,6 @@
 """Draws fixed sets of images, the same for any number of processes, and caches a teacher's."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
@@ -24,6 +25,11 @@ class GenerativeModule(Protocol):
     teacher: Denoiser | None
     teacher_evaluations: int
     train_seconds: float
+    further_ema_decays: tuple[float, ...]
+
+    def sampled_with(self, decay: float) -> AbstractContextManager[None]:
+        """Generate with another average of the weights for a while."""
+        ...
 
     def generate(self, noise: Tensor, condition: Condition, steps: int) -> Tensor:
         """Images (B, C, H, W) in about [-1, 1] from unit noise."""

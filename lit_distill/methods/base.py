@@ -8,7 +8,10 @@ its loss. Several networks in turn: :mod:`lit_distill.methods.alternating`.
 import copy
 import os
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -67,6 +70,8 @@ class DistillationModule(LightningModule):
         channels_last: Keep weights in the channels-last layout (faster convolutions on GPUs).
         ema_device: Device that the average is kept on, for example ``cpu`` to leave a GPU's memory
             to the training, for a copy of the weights each update; by default the student's.
+        further_ema_decays: Decays of further averages, to find out which length is best: each is
+            measured in validation, kept in checkpoints and exported beside the first.
 
     Attributes:
         ema: The averaged student, ``ema.module``.
@@ -90,6 +95,7 @@ class DistillationModule(LightningModule):
         compile: bool = False,
         channels_last: bool = False,
         ema_device: str | None = None,
+        further_ema_decays: Sequence[float] = (),
     ) -> None:
         if solver is not None:
             check_solver(solver)  # not first when the training is over
@@ -98,12 +104,13 @@ class DistillationModule(LightningModule):
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False)
-        if ema_device is None:
-            self.ema = AveragedModel(student, multi_avg_fn=self._average)
-        else:
-            self.ema = _AverageElsewhere(student, ema_device, multi_avg_fn=self._average)
-        self.ema.requires_grad_(False)
-        self._near_average: tuple[int, Denoiser] | None = None
+        self.ema = _average_of(student, ema_decay, ema_device)
+        self.further_averages = nn.ModuleDict(
+            {_key(d): _average_of(student, d, ema_device) for d in further_ema_decays}
+        )
+        self.further_ema_decays = tuple(further_ema_decays)
+        self._sampled = 0  # which of the averages
+        self._near_average: tuple[AveragedModel, int, Denoiser] | None = None
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.ema_decay, self.steps, self.solver = ema_decay, steps, solver
         self.compile_networks, self.channels_last = compile, channels_last
@@ -117,13 +124,29 @@ class DistillationModule(LightningModule):
     @property
     def network(self) -> Denoiser:
         """The model that is sampled and exported: the student with averaged weights."""
-        average = cast(Denoiser, self.ema.module)
-        if not isinstance(self.ema, _AverageElsewhere) or self.ema.device == self.device:
+        sampled = self.averages[self._sampled]
+        average = cast(Denoiser, sampled.module)
+        if not isinstance(sampled, _AverageElsewhere) or sampled.device == self.device:
             return average
-        count = int(self.ema.n_averaged)
-        if self._near_average is None or self._near_average[0] != count:
-            self._near_average = count, copy.deepcopy(average).to(self.device)
-        return self._near_average[1]
+        count, near = int(sampled.n_averaged), self._near_average
+        if near is None or near[0] is not sampled or near[1] != count:
+            near = sampled, count, copy.deepcopy(average).to(self.device)
+            self._near_average = near
+        return near[2]
+
+    @property
+    def averages(self) -> list[AveragedModel]:
+        """All averages of the student's weights, the one that is sampled first."""
+        return [self.ema, *cast(list[AveragedModel], self.further_averages.values())]
+
+    @contextmanager
+    def sampled_with(self, decay: float) -> Iterator[None]:
+        """Sample and export with one of the further averages for a while."""
+        self._sampled = 1 + self.further_ema_decays.index(decay)
+        try:
+            yield
+        finally:
+            self._sampled = 0
 
     @torch.no_grad()
     def generate(
@@ -212,7 +235,8 @@ class DistillationModule(LightningModule):
 
     def student_stepped(self) -> None:
         """Follow a student update: the average of its weights moves with it, and only then."""
-        self.ema.update_parameters(self.student)
+        for average in self.averages:
+            average.update_parameters(self.student)
 
     # --- Lightning's hooks ----------------------------------------------------------------------
 
@@ -244,7 +268,8 @@ class DistillationModule(LightningModule):
     def train(self, mode: bool = True) -> "DistillationModule":
         """Set the mode of what is trained; teacher and average always stay in eval mode."""
         super().train(mode)
-        self.ema.eval()
+        for average in self.averages:
+            average.eval()
         if self.teacher is not None:
             self.teacher.eval()
         return self
@@ -333,12 +358,6 @@ class DistillationModule(LightningModule):
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         return np.random.default_rng((int(os.environ.get("PL_GLOBAL_SEED", "0")), step, stream))
 
-    def _average(self, averaged: Any, current: Any, count: Tensor | int) -> None:
-        """Move the average by ``1 - decay`` towards the student."""
-        n = int(count)
-        decay = min(self.ema_decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
-
     def _counted(self) -> int:
         """All teacher evaluations so far, those of other processes included."""
         if self._counter is not None:
@@ -362,6 +381,26 @@ class DistillationModule(LightningModule):
 def always_the_same(noise: Tensor) -> torch.Generator:
     """The source of what is drawn between the steps of a preview."""
     return torch.Generator(noise.device).manual_seed(0)
+
+
+def _key(decay: float) -> str:
+    """Name of an average as a submodule."""
+    return f"{decay:g}".replace(".", "_")
+
+
+def _average_of(student: Denoiser, decay: float, device: str | None) -> AveragedModel:
+    """A frozen average of a student's weights."""
+    average = partial(_move_average, decay)
+    if device is None:
+        return AveragedModel(student, multi_avg_fn=average).requires_grad_(False)
+    return _AverageElsewhere(student, device, multi_avg_fn=average).requires_grad_(False)
+
+
+def _move_average(decay: float, averaged: Any, current: Any, count: Tensor | int) -> None:
+    """Move an average by ``1 - decay`` towards the student."""
+    n = int(count)
+    decay = min(decay, (1 + n) / (10 + n))
+    torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
 
 
 class _AverageElsewhere(AveragedModel):

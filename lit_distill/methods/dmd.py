@@ -1,5 +1,6 @@
 """Distribution Matching Distillation (Yin et al. 2024)."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -90,6 +91,7 @@ class DMD(AlternatingDistillationModule):
         gradient_checkpointing: Compute the student's and the fake score's states again in the
             backward pass instead of keeping them.
         ema_device: Where the average is kept, see :class:`DistillationModule`.
+        further_ema_decays: Decays of further averages, likewise.
 
     Raises:
         ValueError: If a setting is impossible.
@@ -122,6 +124,7 @@ class DMD(AlternatingDistillationModule):
         teacher_precision: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
         ema_device: str | None = None,
+        further_ema_decays: Sequence[float] = (),
     ) -> None:
         _check(update_ratio, noise_range)
         frozen = as_denoiser(teacher)
@@ -142,6 +145,7 @@ class DMD(AlternatingDistillationModule):
             compile=compile,
             channels_last=channels_last,
             ema_device=ema_device,
+            further_ema_decays=further_ema_decays,
         )
         self.save_hyperparameters(logger=False)
         self.fake_score = fake

@@ -131,8 +131,12 @@ class MeanFlow(DistillationModule):
         """Times ``t`` and ``r <= t``, each ``(B,)``; equal in the first samples of the batch."""
         pair = torch.stack([drawn_times(self.sigma_distribution, x) for _ in range(2)])
         t, end = pair.amax(0), pair.amin(0)
-        equal = round(self.equal_share * len(x))  # the data come in random order
+        equal = self.equal_rows(len(x))  # the data come in random order
         return t, torch.cat([t[:equal], end[equal:]])
+
+    def equal_rows(self, count: int) -> int:
+        """Samples of a batch with equal times: all but one at most."""
+        return min(round(self.equal_share * count), count - 1)
 
     def mean_velocity(self, x: Tensor, t: Tensor, end: Tensor, condition: Condition) -> Tensor:
         """The student's ``u`` from ``t`` down to ``end``."""
@@ -142,7 +146,7 @@ class MeanFlow(DistillationModule):
     @torch.no_grad()
     def slope(self, x: Tensor, v: Tensor, t: Tensor, end: Tensor, condition: Condition) -> Tensor:
         """``du/dt`` along the path, for those samples of which it counts; 0 elsewhere."""
-        equal = round(self.equal_share * len(x))
+        equal = self.equal_rows(len(x))
         rest = slice(equal, None)
         chosen = _rows(condition, rest)
         # Dropout would make it the difference of two networks.

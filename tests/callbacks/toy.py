@@ -81,6 +81,7 @@ class Toy(LightningModule):
         super().__init__()
         self.student, self.teacher, self.solver = ToyDenoiser(bias), teacher, solver
         self.teacher_evaluations, self.train_seconds = 7, 1.5
+        self.further_ema_decays: tuple[float, ...] = ()
         self.previews: list[tuple[Tensor, Tensor | None]] = []
 
     def generate(self, noise: Tensor, condition: Any, steps: int) -> Tensor:

@@ -1,0 +1,142 @@
+"""The run doctor on planted faults and on healthy runs, with points in the plane."""
+
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_distill.callbacks import RunDoctor
+from lit_distill.diffusion import EDMDenoiser, LogNormalSigma
+from lit_distill.methods import DMD2, DiffusionTeacher
+
+sys.path.append(str(Path(__file__).parents[1] / "methods"))
+from plane import SIGMA_MAX, SIGMA_MIN, Perceptron, Points, truth
+from tiny import Digits, dmd_module, teacher_module, trainer
+
+RATE, UPDATES = 1e-3, 300
+
+
+def adam(rate):
+    return partial(torch.optim.Adam, lr=rate, betas=(0.0, 0.99))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A small network that was trained as a denoiser of the points."""
+    torch.manual_seed(0)
+    network = Perceptron(64)
+    network.feature_layers = ("layers.2",)
+    student = EDMDenoiser(network, SIGMA_MIN, SIGMA_MAX, sigma_data=1.4, time_scale=1.0)
+    module = DiffusionTeacher(
+        student, LogNormalSigma(0.0, 1.5), optimizer=adam(2e-3), ema_decay=0.99
+    )
+    folder = tmp_path_factory.mktemp("start")
+    data = Points(512, image=truth().draw(20_000))
+    trainer(folder, max_steps=800, limit_val_batches=0).fit(module, data)
+    return module.network
+
+
+def watched(start, folder, updates=UPDATES, **options):
+    """Findings of a run."""
+    torch.manual_seed(0)
+    settings = {
+        "student": start,
+        "fake_score": start,
+        "optimizer": adam(RATE),
+        "update_ratio": 3,
+        "adversarial_weight": 0.03,
+        "discriminator_weight": 0.1,
+        "clip": 10.0,
+    }
+    module = DMD2(truth(), **{**settings, **options})
+    doctor = RunDoctor()
+    run = trainer(folder, doctor, max_steps=updates, limit_val_batches=0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run.fit(module, Points(256, image=truth().draw(20_000)))
+    spoken = [str(w.message) for w in said if "Run doctor" in str(w.message)]
+    assert len(spoken) == len(doctor.findings)
+    return doctor.findings
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_healthy_run_is_left_alone(seed, start, tmp_path):
+    assert watched(start, tmp_path, updates=500) == []
+
+
+def test_a_frozen_fake_score(start, tmp_path):
+    findings = watched(start, tmp_path, fake_optimizer=adam(0.0))
+    assert findings[0].sign == "fake_change"
+    assert "does not change at all" in findings[0].advice and "fake_optimizer" in findings[0].advice
+    assert findings[0].step <= UPDATES
+
+
+def test_a_learning_rate_20_times_too_high(start, tmp_path):
+    findings = watched(start, tmp_path, optimizer=adam(20 * RATE))
+    signs = {finding.sign: finding for finding in findings}
+    assert "unrest" in signs and "learning rate is too high" in signs["unrest"].advice
+
+
+def test_a_discriminator_too_strong(start, tmp_path):
+    """It learns 500 times as fast as the student, and looks at samples with hardly any noise."""
+    findings = watched(
+        start,
+        tmp_path,
+        discriminator_weight=100.0,
+        optimizer=adam(1e-5),
+        fake_optimizer=adam(5e-3),
+        noise_range=(0.0, 0.02),
+    )
+    signs = {finding.sign: finding for finding in findings}
+    assert "win_rate" in signs and "discriminator is too strong" in signs["win_rate"].advice
+
+
+def test_all_signs_are_logged_and_findings_outlast_a_restart(tmp_path):
+    doctor = RunDoctor(every_n_steps=2, num_samples=4, warm_up=0, patience=1)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    module = dmd_module(clip=1e-6)
+    options = {"logger": logger, "log_every_n_steps": 1}
+    run = trainer(tmp_path, doctor, max_steps=6, **options)
+    with pytest.warns(UserWarning, match=r"Run doctor, update 2: 100% of the student's gradients"):
+        run.fit(module, Digits())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    found = {tag.removeprefix("doctor/") for tag in events.Tags()["scalars"] if "doctor/" in tag}
+    expected = {"fake_lag", "fake_change", "outside", "spread", "unrest", "clipped", "gradient"}
+    assert found == expected
+    assert len(events.Scalars("doctor/unrest")) >= 3
+    other = RunDoctor()
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]
+    other.load_state_dict(next(v for k, v in state.items() if "RunDoctor" in k))
+    assert other.findings == doctor.findings
+    assert "clipped" in {finding.sign for finding in other.findings}
+
+
+def test_it_changes_no_number_of_the_run(tmp_path):
+    states = []
+    for callbacks in ([], [RunDoctor(every_n_steps=1, num_samples=4)]):
+        module = dmd_module()
+        trainer(tmp_path, *callbacks, max_steps=3).fit(module, Digits())
+        states.append(module.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_method_of_one_network_has_the_signs_that_it_can_have(tmp_path):
+    doctor = RunDoctor(every_n_steps=1, num_samples=4)
+    run = trainer(tmp_path, doctor, max_steps=2)
+    run.fit(teacher_module(), Digits())
+    found = {name for name in run.callback_metrics if name.startswith("doctor/")}
+    assert found == {"doctor/outside", "doctor/spread", "doctor/unrest"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"every_n_steps": 0}, {"num_samples": 1}, {"warm_up": -1}, {"patience": 0}]
+)
+def test_numbers_that_are_too_small(options):
+    with pytest.raises(ValueError, match="RunDoctor cannot work with"):
+        RunDoctor(**options)
