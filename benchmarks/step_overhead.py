@@ -31,26 +31,36 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_distill.callbacks import PairWriter
 from lit_distill.datamodules import ImageDataModule, PairsDataModule
 from lit_distill.diffusion import Denoiser, EDMDenoiser
+from lit_distill.losses import r1_penalty
 from lit_distill.methods import (
     DMD,
+    DMD2,
     SFD,
+    AdversarialDistillation,
     ConsistencyDistillation,
     ConsistencyTraining,
     ConsistencyTrajectory,
     DiffusionTeacher,
     DistillationModule,
     KnowledgeDistillation,
+    MeanFlow,
     MultiBoundaryConsistencyDistillation,
     ProgressiveDistillation,
+    RectifiedFlow,
+    Reflow,
+    SiD,
     TrajectoryDistillation,
 )
+from lit_distill.methods.alternating import untrained
 from lit_distill.methods.base import copy_of, network_of
-from lit_distill.models import UNet, add_inputs
+from lit_distill.methods.mean_flow import contiguous_norms, total_derivative
+from lit_distill.methods.rectified_flow import as_flow
+from lit_distill.models import Discriminator, UNet, add_inputs
 
 Step = Callable[[], None]
 
@@ -149,6 +159,98 @@ def ctm_passes(teacher: Denoiser, batch_size: int) -> Step:
     return step
 
 
+def dmd2_passes(teacher: Denoiser, batch_size: int, ratio: int = 2) -> Step:
+    """DMD2: the student, both scores and the heads on its samples; fake score and heads on more."""
+    student, fake = copy_of(teacher).eval(), copy_of(teacher).eval()
+    heads = Discriminator(fake)
+    judges = nn.ModuleList([fake, heads])
+    adams = [torch.optim.AdamW(module.parameters(), lr=5e-5) for module in (student, judges)]
+    noise, label = inputs(teacher, batch_size)
+    top, sigma = torch.full((batch_size,), 80.0), torch.full((batch_size,), 1.0)
+
+    def step() -> None:
+        x = student(80.0 * noise, top, label)
+        with torch.no_grad():
+            teacher(x, sigma, label)
+            fake(x, sigma, label)
+        with untrained(judges):
+            logits = heads(heads.features(fake, x + noise, sigma, label))
+        update(adams[0], x.square().mean() + logits.mean())
+        for i in range(ratio):
+            with torch.no_grad():
+                x = x.detach() if i == 0 else student(80.0 * noise, top, label)
+            denoised, made = heads.look(fake, x + noise, sigma, label)
+            real = heads.features(fake, noise, sigma, label)
+            update(adams[1], denoised.square().mean() + heads(made).mean() - heads(real).mean())
+
+    return step
+
+
+def sid_passes(teacher: Denoiser, batch_size: int) -> Step:
+    """SiD: the student and both scores with one graph; the fake score."""
+    student, fake = copy_of(teacher).eval(), copy_of(teacher).eval()
+    adams = [torch.optim.AdamW(module.parameters(), lr=5e-5) for module in (student, fake)]
+    noise, label = inputs(teacher, batch_size)
+    top, sigma = torch.full((batch_size,), 2.5), torch.full((batch_size,), 1.0)
+
+    def step() -> None:
+        x = student(2.5 * noise, top, label)
+        with untrained(fake):
+            both = teacher(x + noise, sigma, label) - fake(x + noise, sigma, label)
+        update(adams[0], both.square().mean())
+        update(adams[1], fake(x.detach() + noise, sigma, label).square().mean())
+
+    return step
+
+
+def adversarial_passes(teacher: Denoiser, batch_size: int) -> Step:
+    """LADD: the student through the teacher's features and the heads; features of both kinds."""
+    student, heads = copy_of(teacher).eval(), Discriminator(teacher)
+    adams = [torch.optim.AdamW(module.parameters(), lr=5e-5) for module in (student, heads)]
+    noise, label = inputs(teacher, batch_size)
+    top, sigma = torch.full((batch_size,), 80.0), torch.full((batch_size,), 1.0)
+
+    def step() -> None:
+        x = student(80.0 * noise, top, label)
+        with untrained(heads):
+            logits = heads(heads.features(teacher, x + noise, sigma, label))
+        update(adams[0], logits.mean())
+        with torch.no_grad():
+            made = heads.features(teacher, x + noise, sigma, label)
+            real = heads.features(teacher, noise, sigma, label)
+        penalty = r1_penalty(heads, real).mean()
+        update(adams[1], heads(made).mean() - heads(real).mean() + penalty)
+
+    return step
+
+
+def mean_flow_passes(teacher: Denoiser, batch_size: int) -> Step:
+    """MeanFlow: the teacher, the derivative on half of the batch, the student."""
+    student = as_flow(network_of(copy_of(teacher))).train()
+    add_inputs(student, ("to_sigma",))
+    adam = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    noise, label = inputs(teacher, batch_size)
+    t, half = torch.full((batch_size,), 0.5), batch_size // 2
+
+    def step() -> None:
+        with torch.no_grad():
+            teacher(noise, t, label)
+            student.eval()
+            with contiguous_norms(student):
+                total_derivative(
+                    lambda x, t, end: student.velocity(x, t, label[half:], end),
+                    noise[half:],
+                    noise[half:],
+                    t[half:],
+                    t[half:],
+                    "jvp",
+                )
+            student.train()
+        update(adam, student.velocity(noise, t, label, t / 2).square().mean())
+
+    return step
+
+
 def sfd(**options: Any) -> Callable[[Denoiser], DistillationModule]:
     """SFD of four evaluations, beside eight of the teacher."""
     return partial(SFD, distance="l2", teacher_substeps=2, **{"steps": 4, **options})
@@ -180,7 +282,15 @@ METHODS = {
         partial(MultiBoundaryConsistencyDistillation, **HEUN), partial(passes, asked=2, judged=1)
     ),
     "ctm": Method(partial(ConsistencyTrajectory, max_teacher_steps=1, **HEUN), ctm_passes),
+    "rectified_flow": Method(
+        lambda teacher: RectifiedFlow(as_flow(network_of(copy_of(teacher)))), passes
+    ),
+    "reflow": Method(Reflow, passes, "pairs"),
+    "mean_flow": Method(MeanFlow, mean_flow_passes),
     "dmd": Method(partial(DMD, distance="l2"), dmd_passes, "pairs"),
+    "dmd2": Method(partial(DMD2, update_ratio=2), dmd2_passes),
+    "sid": Method(SiD, sid_passes),
+    "adversarial": Method(AdversarialDistillation, adversarial_passes),
 }
 
 

@@ -18,6 +18,7 @@ LAG = 1.5  # the fake score's loss on fresh samples, over its own best
 UNREST = 0.15  # distance that one update moves a sample, over that between two of the data
 WINS = 0.95  # share of samples that the discriminator tells right
 OUTSIDE = 0.1  # share of numbers beyond the data's range
+MARGIN = 0.05  # of that range, which does not count as beyond
 ALIKE = 0.5  # spread of the samples, over the data's
 CLIPPED = 0.9  # share of updates whose gradient was clipped
 GROWN = 20.0  # gradient norm, over its median so far
@@ -48,7 +49,7 @@ class RunDoctor(Callback):
 
     - ``doctor/fake_lag``: the fake score's denoising loss on them, over its own best so far; and
       ``doctor/fake_change``, how far its weights moved since the last look, over their norm;
-    - ``doctor/outside``: share of their numbers beyond the data's range (saturation);
+    - ``doctor/outside``: share of their numbers clearly beyond the data's range (saturation);
     - ``doctor/spread``: mean distance between two samples, over that between two of the data;
     - ``doctor/unrest``: mean distance that one update moves a sample, over that between two of
       the data;
@@ -173,8 +174,10 @@ class RunDoctor(Callback):
         data = batch["image"]
         x, label = self._samples(student, data)
         width = max(_spread(data), 1e-12)
+        low, high = data.amin(), data.amax()
+        margin = MARGIN * (high - low)  # many pixels of many images are black or white
         signs = {
-            "outside": float(((x < data.amin()) | (x > data.amax())).float().mean()),
+            "outside": float(((x < low - margin) | (x > high + margin)).float().mean()),
             "spread": _spread(x) / width,
             "unrest": float((x - self._before).flatten(1).float().norm(dim=1).mean()) / width,
         }

@@ -153,7 +153,7 @@ class MeanFlow(DistillationModule):
         training = self.student.training
         self.student.eval()
         try:
-            with _contiguous_norms(self.student):
+            with contiguous_norms(self.student):
                 found = total_derivative(
                     lambda x, t, end: self.mean_velocity(x, t, end, chosen),
                     x[rest],
@@ -200,7 +200,7 @@ def total_derivative(
 
 
 @contextmanager
-def _contiguous_norms(module: nn.Module) -> Iterator[None]:
+def contiguous_norms(module: nn.Module) -> Iterator[None]:
     """Let group normalisation see no transposed states, which its forward mode cannot view."""
     norms = [part for part in module.modules() if isinstance(part, nn.GroupNorm)]
     handles = [

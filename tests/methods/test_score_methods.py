@@ -409,3 +409,15 @@ def test_an_adapter_is_exported_beside_the_merged_weights(tmp_path):
     torch.testing.assert_close(found, made.generate(noise, label), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match=r"has no adapter. Set the method's option lora"):
         trainer(tmp_path, ExportPipeline(adapter=True), max_steps=2).fit(dmd_module(), Digits())
+
+
+@pytest.mark.parametrize("kind", [DMD2, SiD])
+def test_all_methods_with_a_fake_score_take_adapters(kind, tmp_path):
+    made = module(kind, lora=LoRA(rank=2), teacher_precision="bfloat16", **JUDGED)
+    teacher, before = weights(made.teacher), weights(made)
+    trainer(tmp_path, max_steps=2).fit(made, Digits())
+    moved = {name for name, value in weights(made).items() if not torch.equal(value, before[name])}
+    for part in ("student", "fake_score", "discriminator"):
+        names = {f"{part}.{name}" for name, _ in getattr(made, part).named_parameters()}
+        assert names and names <= moved
+    assert equal(teacher, weights(made.teacher))

@@ -154,6 +154,26 @@ def students():
             {"kind": FlowDenoiser, "classes": 3, "sampling": {"trained": (1, 2)}},
             [(1, 1.0), (2, 4.0)],
         ),
+        # A mean flow whose network wants t itself
+        "flow_scale": (
+            {
+                "kind": FlowDenoiser,
+                "classes": 3,
+                "inputs": ("to_sigma",),
+                "time_scale": 1.0,
+                "sampling": {"trained": (1, 2), "grids": [flow_grid]},
+            },
+            [(1, 1.0), (3, 1.0)],
+        ),
+        # DMD2 of three steps
+        "edm_own_levels": (
+            {
+                "kind": EDMDenoiser,
+                "classes": 3,
+                "sampling": {"trained": (3,), "grids": [(80.0, 9.7, 0.5, 0.0)], "gamma": 1.0},
+            },
+            [(3, 1.0)],
+        ),
         "flow_lower": (
             {"kind": FlowDenoiser, "lower": 3.0, "sampling": {"trained": (1,)}},
             [(1, 1.0), (2, 1.0)],
