@@ -65,7 +65,7 @@ class MeanFlow(DistillationModule):
         sigma_distribution: Both times, as levels ``t / (1 - t)``; logit-normal (-0.4, 1) by
             default.
         derivative: ``jvp`` by forward-mode differentiation, or ``finite_difference`` (two more
-            evaluations in float32) for networks that have no forward mode.
+            evaluations) for networks that have no forward mode; in float32, both.
         power: Exponent of the adaptive weight; 0 = none.
         steps: Numbers of steps to sample with; the first is the default.
         base: Arguments of :class:`DistillationModule`.
@@ -187,12 +187,13 @@ def total_derivative(
     Returns:
         ``(B, *shape)``.
     """
-    if derivative == "jvp":
-        # The fused attention kernels have no forward mode.
-        with sdpa_kernel(SDPBackend.MATH):
-            tangents = (v, torch.ones_like(t), torch.zeros_like(end))
-            return torch.func.jvp(u, (x, t, end), tangents)[1].to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):  # a difference of bfloat16 is noise
+    # In float32: a difference of bfloat16 is noise, and autocast does not see through forward mode.
+    with torch.autocast(x.device.type, enabled=False):
+        if derivative == "jvp":
+            # The fused attention kernels have no forward mode.
+            with sdpa_kernel(SDPBackend.MATH):
+                tangents = (v, torch.ones_like(t), torch.zeros_like(end))
+                return torch.func.jvp(u, (x, t, end), tangents)[1]
         ahead, behind = t + _SHIFT, t - _SHIFT
         step = like(torch.full_like(t, _SHIFT), x) * v
         difference = u(x + step, ahead, end) - u(x - step, behind, end)

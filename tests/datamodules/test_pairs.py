@@ -97,7 +97,8 @@ def test_too_few_pairs_and_flip(tmp_path):
 
 
 def teacher(fingerprint):
-    return SimpleNamespace(image_shape=(1, 8, 8), num_classes=10, fingerprint=lambda: fingerprint)
+    known = {"image_shape": (1, 8, 8), "num_classes": 10, "original": None}
+    return SimpleNamespace(**known, fingerprint=lambda: fingerprint)
 
 
 def test_pairs_of_another_teacher(tmp_path):

@@ -128,24 +128,30 @@ def test_the_derivative_of_a_formula():
         torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("source", ["teacher", "data"])
-def test_one_step_of_a_mean_flow_is_the_exact_map_of_gaussian_data(source, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "updates", "bar"),
+    [
+        ("teacher", 1_500, 0.1),
+        ("data", 1_500, 0.12),
+        pytest.param("teacher", 4_000, 0.03, marks=pytest.mark.full),
+        pytest.param("data", 4_000, 0.08, marks=pytest.mark.full),
+    ],
+)
+def test_one_step_of_a_mean_flow_is_the_exact_map_of_gaussian_data(source, updates, bar, tmp_path):
     torch.manual_seed(0)
     mean, std = torch.tensor([[1.0, -0.5]]), 0.5
     exact = GaussianMixtureDenoiser(mean, std, sigma_min=1e-3, sigma_max=1e6)
     module = MeanFlow(
         teacher=exact if source == "teacher" else None,
         student=new_flow(),
-        sigma_distribution=LogNormalSigma(0.0, 1.5),
+        sigma_distribution=LogNormalSigma(0.0, 4.0),  # often from near 1 to near 0
         steps=(1, 2),
-        **options(1_500),
+        **options(updates),
     )
-    fitted(module, Points(1_024, image=exact.draw(50_000)), 1_500, tmp_path)
+    fitted(module, Points(512, image=exact.draw(50_000)), updates, tmp_path)
     noise = torch.randn(4_000, 2)
     ends = mean + std * noise  # the ODE keeps order: x0 = mu + std z
-    for steps in (1, 2):
-        off = (
-            distance(module.generate(noise, steps=steps), ends) / ends.square().sum(1).mean() ** 0.5
-        )
-        print(f"from {source}, {steps} steps: relative error {off:.3f}")
-        assert off < (0.05 if source == "teacher" else 0.1)
+    scale = ends.square().sum(1).mean().sqrt()
+    off = {steps: distance(module.generate(noise, steps=steps), ends) / scale for steps in (1, 2)}
+    print(f"from {source}, {updates} updates: relative error {off}")
+    assert off[1] < bar and off[2] < off[1]

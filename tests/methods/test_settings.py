@@ -36,7 +36,8 @@ def test_bf16_reaches_the_networks_but_neither_states_nor_levels(row, tmp_path):
         if isinstance(part, nn.Conv2d):
             part.register_forward_hook(lambda _, args, output: inside.add(output.dtype))
     trainer(tmp_path, max_steps=2, precision="bf16-mixed").fit(module, Digits())
-    assert outside <= {torch.float32, torch.float64} and inside == {torch.bfloat16}
+    assert outside <= {torch.float32, torch.float64} and torch.bfloat16 in inside
+    assert row.precise or inside == {torch.bfloat16}
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in module.parameters())
 
 
@@ -49,8 +50,11 @@ def test_channels_last_changes_the_layout_and_hardly_a_number(row, tmp_path):
     weights = [p for p in module.parameters() if p.ndim == 4 and min(p.shape[1:3]) > 1]
     assert weights and all(p.is_contiguous(**layout) for p in weights)
     noise, label = torch.randn(4, 1, 8, 8), torch.arange(4)
-    ours, theirs = module.generate(noise, label), plain.generate(noise, label)
-    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)  # Adam magnifies rounding
+    made = []
+    for trained in (module, plain):
+        source = torch.Generator().manual_seed(0)  # some students add noise between their steps
+        made.append(trained.generate(noise, label, generator=source))
+    torch.testing.assert_close(*made, rtol=2e-2, atol=2e-2)  # Adam magnifies rounding
 
 
 class Perceptron(nn.Module):

@@ -131,6 +131,7 @@ class Row:
         follows: Its submodules that change without an optimizer of their own, beside ``ema``.
         updates: Student updates of the first batches; of all further ones, the last of these.
         renewed: Student updates after which average, optimizer and schedule start anew.
+        precise: Whether a part of its step runs in float32 whatever the precision.
     """
 
     make: Callable[..., DistillationModule]
@@ -140,6 +141,7 @@ class Row:
     follows: tuple[str, ...] = ()
     updates: tuple[int, ...] = (1,)
     renewed: tuple[int, ...] = ()
+    precise: bool = False
 
     def after(self, limit: int) -> list[int]:
         """Student updates after each batch of a run with ``max_steps=limit``."""
@@ -236,8 +238,8 @@ METHODS = {
     "rectified_flow": _row(RectifiedFlow),
     "reflow": _row(Reflow, on_pairs=True),
     "flow_distillation": _row(FlowDistillation, on_pairs=True),
-    "mean_flow": _row(MeanFlow),
-    "mean_flow_differences": _row(MeanFlow, {"derivative": "finite_difference"}),
+    "mean_flow": _row(MeanFlow, precise=True),
+    "mean_flow_differences": _row(MeanFlow, {"derivative": "finite_difference"}, precise=True),
     "dmd2": _row(
         DMD2, {**JUDGED, "update_ratio": 3}, strategy=ALTERNATING, follows=("discriminator",)
     ),
