@@ -13,7 +13,7 @@ from lit_distill.diffusion import Denoiser, sample, seeded_noise
 from lit_distill.losses import denoising_loss
 
 # Where a sign becomes a finding. They were set on runs on points and digits, see
-# docs/training_dmd.md; healthy runs there stay away from each by a factor of 1.5 or more.
+# docs/training_dmd.md; the healthy runs there stayed within all of them.
 LAG = 1.5  # the fake score's loss on fresh samples, over its own best
 UNREST = 0.15  # distance that one update moves a sample, over that between two of the data
 WINS = 0.95  # share of samples that the discriminator tells right
