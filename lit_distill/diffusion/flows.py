@@ -43,7 +43,7 @@ def velocity(denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition = No
 def straightness(
     denoiser: Denoiser, noise: Tensor, condition: Condition = None, steps: int = 20
 ) -> Tensor:
-    """How far a model's own trajectories are from straight lines (Liu et al. 2023, Eq. 6).
+    """How far a model's own trajectories are from straight lines (Liu et al. 2023).
 
     ``mean over t of |(noise - x0) - u(x_t, t)|^2`` along the trajectory from ``noise`` to its end
     ``x0`` in Euler's steps. Where it is 0, one step is as good as many.

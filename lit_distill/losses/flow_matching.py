@@ -28,7 +28,7 @@ def flow_matching_loss(
 def adaptive_loss(error: Tensor, power: float = 0.75, floor: float = 1e-3) -> Tensor:
     """``e / sg(e + floor) ** power``, which lets samples of a large error count less.
 
-    With ``power = 0`` it is the error itself, with 0.5 about its root (Geng et al. 2025, Eq. 22).
+    With ``power = 0`` it is the error itself, with 0.5 about its root (Geng et al. 2025).
 
     Args:
         error: ``(B,)``, squared error of each sample.
@@ -42,7 +42,7 @@ def adaptive_loss(error: Tensor, power: float = 0.75, floor: float = 1e-3) -> Te
 
 
 def mean_velocity_target(velocity: Tensor, slope: Tensor, t: Tensor, end: Tensor) -> Tensor:
-    """The target of a mean velocity: ``v - (t - r) du/dt`` (Geng et al. 2025, Eq. 10).
+    """The target of a mean velocity: ``v - (t - r) du/dt`` (Geng et al. 2025).
 
     Args:
         velocity: ``(B, *shape)``, the velocity ``v`` at ``t``.

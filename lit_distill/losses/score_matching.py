@@ -119,7 +119,7 @@ def surrogate_loss(x: Tensor, gradient: Tensor) -> Tensor:
 def score_identity_loss(
     x: Tensor, real: Tensor, fake: Tensor, alpha: float = 1.2, *, normalise: bool = True
 ) -> Tensor:
-    """Loss ``(B,)`` of score identity distillation (Zhou et al. 2024, SiD, Eq. 23).
+    """Loss ``(B,)`` of score identity distillation (Zhou et al. 2024, SiD).
 
     ``(f_real - f_fake) . [(f_real - x) - alpha (f_real - f_fake)]``, over the numbers of a sample.
     With ``alpha = 0.5``, not normalised, and with an exact fake score its gradient is half that

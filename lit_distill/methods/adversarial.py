@@ -46,7 +46,7 @@ class AdversarialDistillation(AlternatingDistillationModule):
     teacher's own features judge them (Sauer et al. 2024, LADD, Sec. 3); the heads learn to tell
     them from real data, with a gradient penalty. With ``distillation_weight`` the distance to the
     teacher's denoising of the same noised samples is added, with the weight
-    ``1 / sqrt(1 + sigma^2)`` (Sauer et al. 2023, ADD, Eqs. 1 and 4).
+    ``1 / sqrt(1 + sigma^2)`` (Sauer et al. 2023, ADD).
 
     Reference recipes: ADD with DINOv2 features of the images, hinge, R1 1e-5, distillation weight
     2.5; LADD with levels of a logit-normal distribution, no distillation.

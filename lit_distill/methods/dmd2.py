@@ -26,7 +26,7 @@ from lit_distill.models import Discriminator
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
 Inputs = Literal["backward_simulation", "noised_data"]
 
-# Weight of a sample by its log ratio of densities, data over student (Xu et al. 2025, Table 1).
+# Weight of a sample by its log ratio of densities, data over student (Xu et al. 2025).
 _DENSITY_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse_kl": torch.ones_like,
     "forward_kl": torch.exp,

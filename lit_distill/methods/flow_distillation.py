@@ -12,7 +12,7 @@ class FlowDistillation(KnowledgeDistillation):
     """One-step generator from a flow that reflow has straightened.
 
     ``distance(noise - u(noise, 1), ODE(noise))`` on stored pairs (Liu et al. 2023, Sec. 3; Liu et
-    al. 2024, Eq. 6): :class:`KnowledgeDistillation` whose student starts as a flow, near to the
+    al. 2024): :class:`KnowledgeDistillation` whose student starts as a flow, near to the
     answer where its trajectories are nearly straight.
 
     Data: :class:`~lit_distill.datamodules.PairsDataModule`, with pairs of the teacher: those that

@@ -16,7 +16,7 @@ class SiD(DMD2):
 
     Student and fake score alternate as in :class:`DMD`, but the student's loss is
     ``(f_real - f_fake) . [(f_real - x) - alpha (f_real - f_fake)]`` with a gradient through both
-    scores (Zhou et al. 2024, Eq. 23). With an adversarial weight it is SiDA (Zhou et al. 2025).
+    scores (Zhou et al. 2024). With an adversarial weight it is SiDA (Zhou et al. 2025).
 
     Reference recipe (CIFAR10): student from ``sigma = 2.5``, Adam(0, .999) 1e-5 for both, batch
     256, alpha 1.2 (1 with fewer, slower updates), EMA half-life .5 M images.

@@ -43,7 +43,8 @@ def test_bf16_reaches_the_networks_but_neither_states_nor_levels(row, tmp_path):
 
 @every_method
 def test_channels_last_changes_the_layout_and_hardly_a_number(row, tmp_path):
-    plain, module = row.make(), row.make(channels_last=True)
+    options = {"optimizer": lambda p: torch.optim.SGD(p, lr=1e-2)}  # Adam magnifies rounding
+    plain, module = row.make(**options), row.make(channels_last=True, **options)
     for trained in (plain, module):
         trainer(tmp_path, max_steps=2).fit(trained, Digits())
     layout = {"memory_format": torch.channels_last}
@@ -54,7 +55,7 @@ def test_channels_last_changes_the_layout_and_hardly_a_number(row, tmp_path):
     for trained in (module, plain):
         source = torch.Generator().manual_seed(0)  # some students add noise between their steps
         made.append(trained.generate(noise, label, generator=source))
-    torch.testing.assert_close(*made, rtol=2e-2, atol=2e-2)  # Adam magnifies rounding
+    torch.testing.assert_close(*made, rtol=1e-2, atol=1e-2)
 
 
 class Perceptron(nn.Module):
