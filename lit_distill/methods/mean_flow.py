@@ -44,8 +44,9 @@ class MeanFlow(DistillationModule):
 
     ``u(x_t, t, r)`` is trained towards ``v - (t - r) du/dt`` without a gradient, where ``v`` is
     the velocity at ``t`` and ``du/dt`` the derivative of ``u`` along the path (the MeanFlow
-    identity); a step is ``x_r = x_t - (t - r) u(x_t, t, r)``. With a teacher ``v`` is its velocity, without one that
-    of the data's straight line, ``noise - x0``, so that no pretrained model is needed.
+    identity); a step is ``x_r = x_t - (t - r) u(x_t, t, r)``. With a teacher ``v`` is its velocity,
+    without one that of the data's straight line, ``noise - x0``, so that no pretrained model is
+    needed.
 
     The second time is the network's further input ``to_sigma``, as in
     :class:`~lit_distill.methods.ConsistencyTrajectory`.
