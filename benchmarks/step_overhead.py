@@ -253,9 +253,11 @@ def mean_flow_passes(teacher: Denoiser, batch_size: int) -> Step:
 
 def sfd(**options: Any) -> Callable[[Denoiser], DistillationModule]:
     """SFD of four evaluations, beside eight of the teacher."""
-    return partial(SFD, distance="l2", teacher_substeps=2, **{"steps": 4, **options})
+    return partial(SFD, **{"distance": "l2", "teacher_substeps": 2, "steps": 4, **options})
 
 
+# As published: 2 evaluations after an analytical first step, beside 12 of the teacher.
+SFD_PUBLISHED = {"steps": 2, "teacher_substeps": 4, "analytical_first_step": True}
 SFD_V = {"steps": [4, 4]}  # two numbers, as many updates in each batch
 HEUN = {"distance": "l2", "teacher_solver": "heun"}
 
@@ -273,6 +275,10 @@ METHODS = {
     "sfd": Method(sfd(), partial(passes, asked=8, updates=4), updates=4),
     "sfd_v": Method(sfd(**SFD_V), partial(passes, asked=8, updates=4, told=("steps",)), updates=4),
     "sfd_stored": Method(sfd(), partial(passes, updates=4), "trajectories", updates=4),
+    "sfd_published": Method(sfd(**SFD_PUBLISHED), partial(passes, asked=12, updates=2), updates=2),
+    "sfd_published_stored": Method(
+        sfd(**SFD_PUBLISHED), partial(passes, updates=2), "trajectories", updates=2
+    ),
     "cd": Method(partial(ConsistencyDistillation, **HEUN), partial(passes, asked=2, judged=1)),
     "cd_ema": Method(
         partial(ConsistencyDistillation, target="ema", **HEUN), partial(passes, asked=2, judged=1)
@@ -420,10 +426,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", "Attribute '.*|.*does not have many workers|Found .* module")
     results = [measure(name, options) for name in options.methods]
-    print(f"\n{'method':<15}{'whole step':>12}{'its passes':>12}{'ratio':>8}{'null':>8}")
+    print(f"\n{'method':<22}{'whole step':>12}{'its passes':>12}{'ratio':>8}{'null':>8}")
     for row in results:
         print(
-            f"{row['method']:<15}{1e3 * row['whole_step_s']:>9.1f} ms{1e3 * row['passes_s']:>9.1f} "
+            f"{row['method']:<22}{1e3 * row['whole_step_s']:>9.1f} ms{1e3 * row['passes_s']:>9.1f} "
             f"ms{row['ratio']:>8.3f}{row['null_ratio']:>8.3f}"
         )
     if options.out is not None:
