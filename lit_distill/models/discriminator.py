@@ -139,7 +139,8 @@ class _Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         places = features.flatten(2).mT if features.ndim > 2 else features[:, None]
-        return self.layers(places.float()).squeeze(-1)
+        # Under autocast the last layer's are in bfloat16, which rounds a loss of 0.693 by 0.002.
+        return self.layers(places.float()).squeeze(-1).float()
 
 
 def _layers(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:
