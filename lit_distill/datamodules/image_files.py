@@ -96,13 +96,15 @@ def find_images(path: Path, labels: bool | None = None) -> ImageFiles:
             file, or a damaged one.
     """
     if path.is_dir():
-        stamps = {name: _stamp((path / name).stat()) for name in _walk(path)}
+        stamps = {name: _stamp(path / name) for name in _walk(path)}
         listing = path / LISTING
         text = listing.read_bytes() if listing.is_file() else None
     elif path.is_file():
         stamps, text = _zip_contents(path)
     else:
-        raise FileNotFoundError(f"There is neither a folder nor a zip file {path}.")
+        raise FileNotFoundError(
+            f"There is neither a folder nor a zip file {path}: set the option root to the images."
+        )
     listed = None if text is None else _listed_labels(text, path)
     absent = [name for name in listed or () if name not in stamps]
     if absent:
@@ -243,7 +245,11 @@ def _zip_contents(path: Path) -> tuple[dict[str, str], bytes | None]:
         raise ValueError(f"{path} cannot be read ({error}): copy or download it again.") from error
 
 
-def _stamp(found: os.stat_result) -> str:
+def _stamp(path: Path) -> str:
+    try:
+        found = path.stat()
+    except OSError:  # a link to nothing: it is reported with the images that cannot be read
+        return "absent"
     return f"{found.st_size} {found.st_mtime_ns}"
 
 

@@ -152,6 +152,13 @@ def test_labels_of_broken_images_are_left_out(tmp_path):
     assert levels(images) == [0, 4, 1, 3, 5] and labels.tolist() == [0, 0, 1, 1, 1]
 
 
+def test_files_that_cannot_be_opened(tmp_path):
+    own = write_folder(tmp_path / "own", numbered(3))
+    (own / "link.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match=r"1 of 4 images are broken: link\.png \(.*No such file"):
+        read_images(find_images(own), FRAME)
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_nothing_but_broken_images(tmp_path, cached):
     files = find_images(write_folder(tmp_path / "own", {"a.png": b"", "b.png": b""}))
