@@ -7,7 +7,8 @@ from typing import Any, get_args
 from lit_distill.datamodules.base import ImageDataModule, Images, Split
 from lit_distill.datamodules.decoding import read_images
 from lit_distill.datamodules.files import data_folder
-from lit_distill.datamodules.image_files import Frame, ImageFiles, find_images
+from lit_distill.datamodules.frame import Frame
+from lit_distill.datamodules.image_files import ImageFiles, find_images
 
 _SOURCES = ("img_align_celeba", "img_align_celeba.zip", "celeba-10k-89x109.zip")
 _PARTITION = "list_eval_partition.txt"

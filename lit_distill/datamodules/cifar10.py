@@ -9,7 +9,8 @@ import torch
 from lit_distill.datamodules.base import ImageDataModule, Images, Split
 from lit_distill.datamodules.decoding import read_images
 from lit_distill.datamodules.files import data_folder, hold_out
-from lit_distill.datamodules.image_files import LISTING, Frame, find_images
+from lit_distill.datamodules.frame import Frame
+from lit_distill.datamodules.image_files import LISTING, find_images
 
 _BATCHES = "cifar-10-batches-py"
 

@@ -22,7 +22,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from tqdm.auto import tqdm
 
 from lit_distill.datamodules.base import Images
-from lit_distill.datamodules.image_files import Frame, ImageFiles
+from lit_distill.datamodules.frame import Frame
+from lit_distill.datamodules.image_files import ImageFiles
 
 Broken = Literal["skip", "error"]
 FORMAT = 1

@@ -8,13 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.datamodules.base import ImageDataModule, Images, Split
 from lit_distill.datamodules.decoding import Broken, read_images
-from lit_distill.datamodules.image_files import (
-    HOW_TO_LABEL,
-    Crop,
-    Frame,
-    ImageFiles,
-    find_images,
-)
+from lit_distill.datamodules.frame import Crop, Frame
+from lit_distill.datamodules.image_files import HOW_TO_LABEL, ImageFiles, find_images
 from lit_distill.diffusion import Denoiser
 
 _SPLITS = {"train", "val", "valid", "validation", "test"}
@@ -25,7 +20,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     Labels come from ``dataset.json`` (EDM's data set format) or from sub-folders, one a class; see
     :func:`~lit_distill.datamodules.image_files.find_images`. How pictures of other sizes and modes
-    become images says :class:`~lit_distill.datamodules.image_files.Frame`. Validation and test
+    become images says :class:`~lit_distill.datamodules.frame.Frame`. Validation and test
     images are taken at even distances from the sorted names, so that each class has its share.
 
     Args:

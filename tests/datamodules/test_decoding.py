@@ -11,7 +11,8 @@ from pictures import encoded, listing, noise, numbered, plain, write_folder, wri
 
 from lit_distill.datamodules import decoding
 from lit_distill.datamodules.decoding import read_images
-from lit_distill.datamodules.image_files import Frame, find_images
+from lit_distill.datamodules.frame import Frame
+from lit_distill.datamodules.image_files import find_images
 
 FRAME = Frame(8, 1)
 
