@@ -1,4 +1,7 @@
-"""Every file under configs/ runs: parsed, and two steps of a small network on generated data."""
+"""Every file under configs/ runs: parsed, and two steps of a small network on generated data.
+
+Those in configs/data/ hold the data alone: each is laid over the config of a method.
+"""
 
 import io
 import json
@@ -20,10 +23,13 @@ from torchvision.models.vgg import cfgs, make_layers
 from lit_distill.diffusion import EDMDenoiser
 from lit_distill.losses import DISTANCES, LPIPS
 from lit_distill.metrics import extractors
-from lit_distill.models import UNet, save_denoiser
+from lit_distill.models import UNet, load_denoiser, save_denoiser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml"))
+DATA = sorted(CONFIGS.glob("data/*.yaml"))
+FILES = sorted(
+    str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml") if path not in DATA
+)
 SHAPES = {"digits": (1, 8), "mnist": (1, 28), "cifar10": (3, 32)}
 ON_CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
 FEW_STEPS = (
@@ -46,7 +52,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the data sets, with noise for images."""
     root = tmp_path_factory.mktemp("data")
     write_mnist(root / "mnist" / "MNIST" / "raw", 100)
-    (root / "cifar10").mkdir()
+    for name in ("cifar10", "celeba"):
+        (root / name).mkdir()
+    write_zip(root / "celeba" / "img_align_celeba.zip", 20)
+    write_zip(root / "own.zip", 20)
     for split in ("train", "test"):
         write_zip(root / "cifar10" / f"cifar10-32x32-{split}.zip", 100)
     return root
@@ -66,7 +75,7 @@ def write_mnist(raw: Path, count: int) -> None:
 
 
 def write_zip(path: Path, count: int) -> None:
-    """One file of CIFAR10 in EDM's format."""
+    """Images of 32x32 pixels and 10 classes in EDM's format."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
     with zipfile.ZipFile(path, "w") as archive:
@@ -171,6 +180,23 @@ def write_teacher(dataset: str) -> None:
     channels, size = SHAPES[dataset]
     network = UNet(size, channels, 10, [8, 8], layers_per_block=1, norm_num_groups=4)
     save_denoiser(EDMDenoiser(network), f"runs/{dataset}/teacher/pipeline")
+
+
+@pytest.mark.parametrize("file", DATA, ids=lambda path: path.stem)
+def test_data_config_swaps_the_data_of_a_method(file: Path, images: Path, command: Command) -> None:
+    shapes = {"celeba": (3, 64, None), "folder": (3, 32, 10)}
+    channels, size, classes = shapes.get(file.stem) or (*SHAPES[file.stem], 10)
+    network = UNet(size, channels, classes, [8, 8], layers_per_block=1, norm_num_groups=4)
+    save_denoiser(EDMDenoiser(network), "teacher")
+    configs = ("--config", CONFIGS / "digits" / "cd.yaml", "--config", file)
+    more = ("--data.init_args.root", images / "own.zip") if file.stem == "folder" else ()
+    ended = command(
+        "fit", *configs, "--model.init_args.teacher=teacher", *ON_CPU, *FEW_STEPS, *more
+    )
+    assert ended.status == 0, ended.err
+    assert load_denoiser("runs/digits/cd/pipeline").image_shape == (channels, size, size)
+    if file.stem in ("cifar10", "celeba", "folder"):
+        assert list(Path("runs/cache").glob(f"*-train-{size}x{channels}-*/images.npy"))
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -1,15 +1,19 @@
 """Data modules: real images, noise to predict on, and noise-image pairs."""
 
 from lit_distill.datamodules.base import ImageDataModule, to_signed
+from lit_distill.datamodules.celeba import CelebADataModule
 from lit_distill.datamodules.cifar10 import CIFAR10DataModule
 from lit_distill.datamodules.digits import DigitsDataModule
+from lit_distill.datamodules.image_folder import ImageFolderDataModule
 from lit_distill.datamodules.mnist import MNISTDataModule
 from lit_distill.datamodules.pairs import PairsDataModule
 
 __all__ = [
     "CIFAR10DataModule",
+    "CelebADataModule",
     "DigitsDataModule",
     "ImageDataModule",
+    "ImageFolderDataModule",
     "MNISTDataModule",
     "PairsDataModule",
     "to_signed",

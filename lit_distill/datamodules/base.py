@@ -24,7 +24,7 @@ Images = tuple[Tensor, Tensor | None]
 
 
 class ImageDataModule(LightningDataModule):
-    """Images in memory, as whole batches in [-1, 1].
+    """Images in memory, or in a file mapped into it, as whole batches in [-1, 1].
 
     A subclass sets ``name``, ``image_shape`` and ``num_classes`` and implements :meth:`load`.
     Batches are ``{"image": (B, C, H, W) float32 in [-1, 1], "label": (B,) int64}``, without
@@ -35,6 +35,8 @@ class ImageDataModule(LightningDataModule):
         batch_size: Images a batch and process.
         seed: Seed of the training order.
         flip: Train on the mirrored images too, as twice the data.
+        workers: Threads that make the next training batches while one is trained on, as a GPU may
+            need; 0 makes each when it is due.
         predict_samples: Number of noise samples that ``predict`` goes through.
         predict_batch_size: Noise samples a batch; a batch becomes one shard of pairs.
         predict_seed: Noise ``i`` is drawn with seed ``predict_seed + i``.
@@ -58,6 +60,7 @@ class ImageDataModule(LightningDataModule):
         predict_samples: int = 10_000,
         predict_batch_size: int = 256,
         predict_seed: int = 0,
+        workers: int = 0,
     ) -> None:
         super().__init__()
         for option, value in [
@@ -67,9 +70,12 @@ class ImageDataModule(LightningDataModule):
         ]:
             if value < 1:
                 raise ValueError(f"{option}={value}: it must be at least 1.")
+        if workers < 0:
+            raise ValueError(f"workers={workers}: it must be at least 0.")
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
+        self.workers = workers
         self.predict_samples = predict_samples
         self.predict_batch_size = predict_batch_size
         self.predict_seed = predict_seed
@@ -118,7 +124,7 @@ class ImageDataModule(LightningDataModule):
         if getattr(self.trainer, "overfit_batches", 0) > 0:  # the same few batches in every epoch
             return FixedLoader(gather, even_share(count, self.batch_size, *self._place()))
         order = BatchOrder(count, self.batch_size, self.seed, *self._place())
-        return TrainLoader(gather, order, self._trained_on)
+        return TrainLoader(gather, order, self._trained_on, self.workers)
 
     def val_dataloader(self) -> FixedLoader:
         """The validation split in order, each image once over all processes."""
@@ -203,8 +209,8 @@ class ImageDataModule(LightningDataModule):
         source = indices % len(images)
         chosen = images.index_select(0, source)  # whole rows: 3 times as fast as images[source]
         if self.flip and split == "train":
-            mirrored = (indices >= len(images)).view(-1, 1, 1, 1)
-            chosen = torch.where(mirrored, chosen.flip(-1), chosen)
+            mirrored = indices >= len(images)
+            chosen[mirrored] = chosen[mirrored].flip(-1)
         batch = {"image": to_signed(chosen)}
         if labels is not None:
             batch["label"] = labels[source]

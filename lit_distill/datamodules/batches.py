@@ -6,7 +6,10 @@ random state at every epoch, and be rebuilt by Lightning with a sampler of its o
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -74,6 +77,7 @@ class TrainLoader:
         gather: Makes a batch of the items ``(B,)``.
         order: Says which items.
         trained_on: Number of batches trained on before; asked when the first batch is due.
+        workers: Threads that make the next batches meanwhile, one each; 0 for none.
     """
 
     def __init__(
@@ -81,21 +85,25 @@ class TrainLoader:
         gather: Callable[[Tensor], Batch],
         order: BatchOrder,
         trained_on: Callable[[], int] = lambda: 0,
+        workers: int = 0,
     ) -> None:
         self.gather = gather
         self.order = order
         self.trained_on = trained_on
+        self.workers = workers
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
-        first = self.trained_on()
+        return _made_ahead(self.gather, self._items(self.trained_on()), self.workers)
+
+    def _items(self, first: int) -> Iterator[Tensor]:
         for number in range(first, first + len(self)):
             epoch, place = divmod(number, len(self))
             if place == 0 or number == first:
                 indices = self.order.epoch(epoch)
-            yield self.gather(indices[place])
+            yield indices[place]
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the trainer holds the place. Lightning takes the method as "can be resumed"."""
@@ -122,6 +130,24 @@ class FixedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.gather, self.items)
+
+
+def _made_ahead(
+    gather: Callable[[Tensor], Batch], items: Iterator[Tensor], workers: int
+) -> Iterator[Batch]:
+    """The batches of items in order, of which the next ``workers`` are made meanwhile."""
+    if workers == 0:
+        yield from map(gather, items)
+        return
+    threads = ThreadPoolExecutor(workers, "batches")
+    try:
+        begun = deque(threads.submit(gather, item) for item in islice(items, workers))
+        while begun:
+            batch = begun.popleft().result()
+            begun.extend(threads.submit(gather, item) for item in islice(items, 1))
+            yield batch
+    finally:  # also where an epoch is limited, or training stops
+        threads.shutdown(cancel_futures=True)
 
 
 def even_share(num_items: int, batch_size: int, rank: int, world_size: int) -> Sequence[Tensor]:

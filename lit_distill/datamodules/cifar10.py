@@ -1,22 +1,16 @@
 """CIFAR-10, from torchvision's files or from zip files of images."""
 
-import io
-import json
-import zipfile
-import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from lit_distill.datamodules.base import ImageDataModule, Images, Split
+from lit_distill.datamodules.decoding import read_images
 from lit_distill.datamodules.files import data_folder, hold_out
+from lit_distill.datamodules.frame import Frame
+from lit_distill.datamodules.image_files import LISTING, find_images
 
 _BATCHES = "cifar-10-batches-py"
 
@@ -31,6 +25,8 @@ class CIFAR10DataModule(ImageDataModule):
     Args:
         root: Folder of the files; by default ``$LIT_DISTILL_DATA/cifar10``.
         download: Download torchvision's files to ``root`` if no data are there.
+        cache: Folder for the decoded images of the zip files, see
+            :func:`~lit_distill.datamodules.decoding.read_images`; None decodes them at every start.
         **options: Options of :class:`ImageDataModule`.
     """
 
@@ -38,10 +34,17 @@ class CIFAR10DataModule(ImageDataModule):
     image_shape = (3, 32, 32)
     num_classes = 10
 
-    def __init__(self, root: str | None = None, download: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        root: str | None = None,
+        download: bool = False,
+        cache: str | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.root = root
         self.download = download
+        self.cache = cache
 
     def prepare_data(self) -> None:
         """Download the files if asked to and none are there."""
@@ -60,10 +63,10 @@ class CIFAR10DataModule(ImageDataModule):
         return hold_out(*self._training_files, split)
 
     @cached_property
-    def _training_files(self) -> tuple[Tensor, Tensor]:
+    def _training_files(self) -> Images:
         return self._read(train=True)  # read once for `train` and `val`, which are views of it
 
-    def _read(self, train: bool) -> tuple[Tensor, Tensor]:
+    def _read(self, train: bool) -> Images:
         root = data_folder(self.root, self.name)
         if (root / _BATCHES).is_dir():
             return _read_batches(root, train)
@@ -74,14 +77,21 @@ class CIFAR10DataModule(ImageDataModule):
                 "(or LIT_DISTILL_DATA) to the folder with one of them, or download: true to fetch "
                 "the data."
             )
-        return read_zip(path, self.image_shape)
+        files = find_images(path)
+        if files.labels_from != LISTING:
+            raise ValueError(
+                f"{path} contains no {LISTING}, or the {LISTING} in it does not list the images "
+                "with their classes: it is not CIFAR-10 in EDM's data set format."
+            )
+        name = f"{self.name}-{'train' if train else 'test'}"
+        return read_images(files, Frame(32, crop="exact"), cache=self.cache, name=name)
 
 
 def _zip(root: Path, train: bool) -> Path:
     return root / f"cifar10-32x32-{'train' if train else 'test'}.zip"
 
 
-def _read_batches(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+def _read_batches(root: Path, train: bool) -> Images:
     """Read torchvision's files; torchvision checks their checksums before it unpickles them."""
     from torchvision.datasets import CIFAR10
 
@@ -94,61 +104,3 @@ def _read_batches(root: Path, train: bool) -> tuple[Tensor, Tensor]:
         ) from error
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(data.targets)
-
-
-def read_zip(path: Path, image_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Read a zip file in EDM's data set format: images, and ``dataset.json`` with their labels.
-
-    Args:
-        path: The zip file; it may hold images in any lossless format that Pillow reads.
-        image_shape: ``(C, H, W)`` that every image must have, C = 3.
-
-    Returns:
-        Images ``(N, C, H, W)`` uint8 in the order of their names, and labels ``(N,)`` int64.
-
-    Raises:
-        ValueError: If the file is damaged, has no labels, or holds other images.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            labels = _labels(archive, path)
-            names = sorted(labels)
-            progress = tqdm(
-                names,
-                f"Reading {path.name}",
-                unit="image",
-                leave=False,
-                mininterval=1,
-                disable=len(names) < 10_000 or getattr(rank_zero_only, "rank", 0) > 0,
-            )
-            pixels = np.empty((len(names), *image_shape[1:], image_shape[0]), dtype=np.uint8)
-            for row, name in zip(pixels, progress, strict=True):
-                image = np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
-                if image.shape != row.shape:
-                    raise ValueError(
-                        f"{name} in {path} has shape {image.shape} (height, width, channels), "
-                        f"not {row.shape}: this is another data set."
-                    )
-                row[:] = image
-    except (zipfile.BadZipFile, KeyError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read ({error}): copy or download it again.") from error
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor([labels[name] for name in names])
-
-
-def _labels(archive: zipfile.ZipFile, path: Path) -> dict[str, int]:
-    """Class of each image, from ``dataset.json``."""
-    if "dataset.json" not in archive.namelist():
-        raise ValueError(
-            f"{path} contains no dataset.json, which names each image's class: it is not a data "
-            "set in EDM's format."
-        )
-    try:
-        return {
-            name: int(label) for name, label in json.loads(archive.read("dataset.json"))["labels"]
-        }
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"dataset.json in {path} does not list the images with their classes, "
-            '{"labels": [[name, class], ...]}, as CIFAR-10 in EDM\'s format needs.'
-        ) from error

@@ -67,7 +67,8 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 
 
 def main(folder: Path) -> None:
-    recorder, data = Recorder(), CountedData(batch_size=8, predict_samples=10, predict_batch_size=3)
+    recorder = Recorder()
+    data = CountedData(batch_size=8, predict_samples=10, predict_batch_size=3, workers=2)
     # use_distributed_sampler stays at Lightning's default, which must not touch our loaders.
     two = trainer(
         folder,
