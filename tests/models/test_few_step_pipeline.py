@@ -39,7 +39,9 @@ SHORT = linear_betas(50)  # ends at sigma = 0.8, where an untrained network's im
 
 def small_mnist_unet():
     torch.manual_seed(0)
-    return UNet.wrap(MNISTUNet(8, 1, 8, 4, num_timesteps=20), num_classes=3, null_label=3)
+    unet = MNISTUNet(8, 1, 8, 4, num_timesteps=20)
+    unet.out[3].bias.data.fill_(-1)  # grey images, which are not clipped
+    return UNet.wrap(unet, num_classes=3, null_label=3)
 
 
 def student(
