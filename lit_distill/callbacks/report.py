@@ -115,15 +115,15 @@ def _cell(row: Row, key: str, form: Any) -> str:
     if value is None:
         return "-"
     text, ends, floor = form(value), row.get(f"{key}_interval"), row["floors"].get(key)
-    if ends:
-        text += f" ±{form((ends[1] - ends[0]) / 2)}"
+    if ends and form is _number:  # of shares it stands in metrics.json alone: the table is wide
+        text += f"±{_number((ends[1] - ends[0]) / 2, digits=2)}"
     return text if floor is None else f"{text} ({_number(value - floor, '+')})"
 
 
-def _number(value: float, sign: str = "") -> str:
+def _number(value: float, sign: str = "", digits: int = 3) -> str:
     """Three significant digits, never in scientific notation."""
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:{sign},.{min(max(digits, 0), 6)}f}"
+    places = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:{sign},.{min(max(places, 0), 6)}f}"
 
 
 def _share(value: float) -> str:
