@@ -48,6 +48,9 @@ class Evaluation(Callback):
     noise (``seed + num_samples + i``), or a student that copies its teacher would fall below the
     floor. A module whose ``teacher`` is None is evaluated alone, by its own solver.
 
+    Published FIDs are those of 50,000 samples to the training images: compare ``fid_train`` at
+    ``num_samples=50000`` with them, where the training split is (nearly) all of these images.
+
     Args:
         extractor: What sees the images; the distances are named after it.
         num_samples: Images of each set.

@@ -74,6 +74,7 @@ def format_table(rows: Sequence[Row], extractor: str) -> str:
         "NFE": ("nfe", str),
         names["teacher"]: (names["teacher"], _number),
         names["test"]: (names["test"], _number),
+        **({names["train"]: (names["train"], _number)} if extractor == "inception" else {}),
         "coverage": ("coverage", _share),
         "recall": ("recall", _share),
         "cov. train": ("coverage_train", _share),
@@ -104,6 +105,11 @@ def _notes(rows: Sequence[Row], names: dict[str, str]) -> list[str]:
     ]
     if any(row.get(f"{names['test']}_interval") for row in rows):
         notes.append("Behind ±: half of the 95% interval (metrics.json), of images drawn anew.")
+    if names["train"] == "fid_train":
+        notes.append(
+            f"fid_train: to {references['train']:,} training images, as published figures are "
+            "(of 50,000 samples)."
+        )
     if floors:
         listed = ", ".join(f"{name} {_number(value)}" for name, value in floors.items())
         notes.append(f"In brackets: above the floor ({listed}).")

@@ -247,7 +247,7 @@ def test_an_unconditional_model_has_no_label_accuracy(tmp_path):
     assert rows[-1]["label_accuracy"] > 0.9
 
 
-def test_only_inception_gives_an_fid(tmp_path):
+def test_only_inception_gives_an_fid(tmp_path, capsys):
     class Inception(ToyExtractor):
         name, classifies = "inception", False
 
@@ -258,6 +258,7 @@ def test_only_inception_gives_an_fid(tmp_path):
     assert student["fid"] > 0 and student["fid_train"] > 0 and student["fd_teacher_inception"] > 0
     assert student["label_accuracy"] is None and student["class_entropy"] is None
     assert not [key for key in student if key.startswith("fd_") and "teacher" not in key]
+    assert "fid_train: to 120 training images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("teacher", [ToyDenoiser(), None])
