@@ -13,24 +13,26 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from ended import Command
 from PIL import Image
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from lit_distill.diffusion import EDMDenoiser
+from lit_distill.diffusion import EDMDenoiser, EpsilonDenoiser, NetworkDenoiser
 from lit_distill.losses import DISTANCES, LPIPS
 from lit_distill.metrics import extractors
-from lit_distill.models import UNet, load_denoiser, save_denoiser
+from lit_distill.models import MNISTUNet, UNet, load_denoiser, save_denoiser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DATA = sorted(CONFIGS.glob("data/*.yaml"))
 FILES = sorted(
     str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml") if path not in DATA
 )
-SHAPES = {"digits": (1, 8), "mnist": (1, 28), "cifar10": (3, 32)}
+SHAPES = {"digits": (1, 8), "mnist": (1, 28), "cifar10": (3, 32), "celeba": (3, 32)}
 ON_CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
 FEW_STEPS = (
     *("--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false"),
@@ -41,7 +43,7 @@ NETWORK = "--model.init_args.{}.init_args.network.init_args"
 # What a number in the file makes slow, and no other option would show.
 CHEAPER: dict[str, tuple[object, ...]] = {
     "cifar10/pd.yaml": ("--model.init_args.teacher_steps", 4, "--model.init_args.updates", "[1,5]"),
-    **{f"{data}/pairs.yaml": ("--model.init_args.steps", 2) for data in SHAPES},
+    **{file: ("--model.init_args.steps", 2) for file in FILES if "pairs" in file},
 }
 
 Run = Callable[[str], None]
@@ -108,11 +110,29 @@ def inception() -> dict[str, torch.Tensor]:
     return network.state_dict()
 
 
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hub's cache with a small ``google/ddpm-cifar10-32``."""
+    root = tmp_path_factory.mktemp("hub")
+    cached = root / "models--google--ddpm-cifar10-32"
+    network = UNet(32, 3, None, [8, 8], layers_per_block=1, norm_num_groups=4)
+    DDPMPipeline(network.unet, DDPMScheduler()).save_pretrained(cached / "snapshots" / "0")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
+    return root
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_downloaded(
-    images: Path, vgg: Path, inception: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    images: Path,
+    vgg: Path,
+    inception: dict[str, torch.Tensor],
+    hub: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Data and weights that users fetch; LPIPS looks at less than 224 pixels a side."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("LIT_DISTILL_DATA", str(images))
     monkeypatch.setitem(DISTANCES, "lpips", partial(LPIPS, resize=32, weights=vgg))
     monkeypatch.setattr(extractors, "load_state_dict_from_url", lambda *_, **__: inception)
@@ -136,7 +156,9 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
         if "PairWriter" in text:
             ended = command("predict", "--config", CONFIGS / file, *options, *FEW_PAIRS)
         else:
-            if "network:" in text:
+            if "MNISTUNet" in text:
+                options = (*options, f"{NETWORK.format('denoiser')}.unet.init_args.n_feat", 8)
+            elif "network:" in text:
                 options = (
                     *options,
                     *small_network("denoiser" if "denoiser:" in text else "student"),
@@ -150,8 +172,8 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
     def provide(name: str) -> None:
         """Make what another run leaves, or take it from the shelf."""
         if not (shelf / name).exists():
-            if name.endswith("/teacher"):
-                write_teacher(name.removesuffix("/teacher"))
+            if "/teacher" in name:
+                write_teacher(name)
             else:
                 run_file(f"{name}.yaml")
             shutil.copytree(Path("runs") / name, shelf / name)
@@ -176,10 +198,17 @@ def needed(file: str) -> list[str]:
     return sorted({*found} - {own})
 
 
-def write_teacher(dataset: str) -> None:
+def write_teacher(name: str) -> None:
+    dataset = name.split("/")[0]
     channels, size = SHAPES[dataset]
-    network = UNet(size, channels, 10, [8, 8], layers_per_block=1, norm_num_groups=4)
-    save_denoiser(EDMDenoiser(network), f"runs/{dataset}/teacher/pipeline")
+    classes = None if dataset == "celeba" else 10
+    network = UNet(size, channels, classes, [8, 8], layers_per_block=1, norm_num_groups=4)
+    denoiser: NetworkDenoiser = EDMDenoiser(network)
+    if name == "mnist/teacher_original":
+        denoiser = EpsilonDenoiser(
+            UNet.wrap(MNISTUNet(n_feat=8), num_classes=10, null_label=10), image_range=(0, 1)
+        )
+    save_denoiser(denoiser, f"runs/{name}/pipeline")
 
 
 @pytest.mark.parametrize("file", DATA, ids=lambda path: path.stem)
@@ -218,7 +247,12 @@ def test_every_data_set_has_its_stages() -> None:
     }
     assert sum(map(len, found.values())) == len(FILES)
     ode = {"kd", "pd", "td", "sfd", "sfd_v", "sfd_stage2", "cd", "ct", "multi_boundary", "ctm"}
-    assert found["mnist"] == {"teacher", "pairs", "dmd"}
+    own = {"teacher", "pairs", "dmd"}
+    original = {"dmd_original", "pairs_original"}
+    small = {"teacher_small", "pairs_small", "dmd_small", "sfd_small", "cd_small"}
+    assert found["mnist"] == own | original | small | {"teacher_original"}
+    assert found["celeba"] == own | {"dmd_original"}
+    assert found["cifar10"] >= original
     flows = {"flow", "flow_pairs", "reflow", "flow_distillation", "mean_flow"}
     both = {"teacher", "pairs", *ode, *flows, "dmd", "dmd2", "sid", "ladd"}
     assert found["digits"] >= both | {"trajectories", "sfd_stored", "ct_scratch"}

@@ -41,12 +41,19 @@ def make_row(extractor: str, **values: Any) -> Row:
 
     Args:
         extractor: Name of the extractor that the distances were measured with.
-        **values: Values by key; ``fd_teacher``, ``fd_test`` and ``fd_train`` get the names that
-            :func:`metric_names` gives them.
+        **values: Values by key; ``fd_teacher``, ``fd_test`` and ``fd_train``, also with
+            ``_interval`` behind, get the names that :func:`metric_names` gives them.
     """
-    names = metric_names(extractor)
     row: Row = {**dict.fromkeys(_KEYS), **values}
-    return {names[key[3:]] if key.startswith("fd_") else key: row[key] for key in row}
+    return {_named(key, metric_names(extractor)): row[key] for key in row}
+
+
+def _named(key: str, names: dict[str, str]) -> str:
+    """The key under the name of its extractor."""
+    if not key.startswith("fd_"):
+        return key
+    reference, *kind = key.removeprefix("fd_").split("_")
+    return "_".join([names[reference], *kind])
 
 
 def format_table(rows: Sequence[Row], extractor: str) -> str:
@@ -58,7 +65,8 @@ def format_table(rows: Sequence[Row], extractor: str) -> str:
 
     Returns:
         The table and a line on each column that is not plain. A column without any value is left
-        out. Behind a distance stands its excess over the floor.
+        out. Behind a distance stands its excess over the floor, and behind ± half the width of its
+        95% interval.
     """
     names = metric_names(extractor)
     columns = {
@@ -66,6 +74,7 @@ def format_table(rows: Sequence[Row], extractor: str) -> str:
         "NFE": ("nfe", str),
         names["teacher"]: (names["teacher"], _number),
         names["test"]: (names["test"], _number),
+        **({names["train"]: (names["train"], _number)} if extractor == "inception" else {}),
         "coverage": ("coverage", _share),
         "recall": ("recall", _share),
         "cov. train": ("coverage_train", _share),
@@ -94,6 +103,13 @@ def _notes(rows: Sequence[Row], names: dict[str, str]) -> list[str]:
         f"{names['test']}: to {references['test']:,} held-out images; coverage, recall: of "
         f"these; nearest: pixel distance to the nearest of {references['train']:,} training images."
     ]
+    if any(row.get(f"{names['test']}_interval") for row in rows):
+        notes.append("Behind ±: half of the 95% interval (metrics.json), of images drawn anew.")
+    if names["train"] == "fid_train":
+        notes.append(
+            f"fid_train: to {references['train']:,} training images, as published figures are "
+            "(of 50,000 samples)."
+        )
     if floors:
         listed = ", ".join(f"{name} {_number(value)}" for name, value in floors.items())
         notes.append(f"In brackets: above the floor ({listed}).")
@@ -104,14 +120,16 @@ def _cell(row: Row, key: str, form: Any) -> str:
     value = row[key]
     if value is None:
         return "-"
-    floor = row["floors"].get(key)
-    return form(value) if floor is None else f"{form(value)} ({_number(value - floor, '+')})"
+    text, ends, floor = form(value), row.get(f"{key}_interval"), row["floors"].get(key)
+    if ends and form is _number:  # of shares it stands in metrics.json alone: the table is wide
+        text += f"±{_number((ends[1] - ends[0]) / 2, digits=2)}"
+    return text if floor is None else f"{text} ({_number(value - floor, '+')})"
 
 
-def _number(value: float, sign: str = "") -> str:
+def _number(value: float, sign: str = "", digits: int = 3) -> str:
     """Three significant digits, never in scientific notation."""
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:{sign},.{min(max(digits, 0), 6)}f}"
+    places = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:{sign},.{min(max(places, 0), 6)}f}"
 
 
 def _share(value: float) -> str:

@@ -34,10 +34,11 @@ _VISIBLE = 56  # pixels; smaller images are magnified by a whole factor
 _TEACHER_STEPS = 18  # 35 evaluations by Heun's method (Karras et al. 2022, CIFAR10)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, so that ``main`` reports all errors in one way."""
+class Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, so that ``main`` reports the errors of all commands in one way."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise an ``ArgumentError``."""
         raise argparse.ArgumentError(None, message)
 
 
@@ -157,7 +158,7 @@ def run_sample(args: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="lit-distill sample",
         description="Draw images from an exported folder (a teacher's or a student's).",
     )

@@ -134,6 +134,13 @@ class _TableDenoiser(NetworkDenoiser):
         betas: ``(T,)`` variance schedule; DDPM's linear one by default.
         discrete: Round times to integers, for networks that know no others.
         generator_sigma: Start lower than the table's end (a one-step student may).
+        image_range: Black and white of the images that the network was trained on, for example
+            (0, 1). What goes in and comes out of the denoiser is in [-1, 1] in any case: a pixel
+            ``x`` is ``pixel_scale x + pixel_shift`` to the network, so that a level of its table
+            is ``pixel_scale sigma``, and unit noise is a state around a grey that is not 0.
+
+    Raises:
+        ValueError: If black is not below white.
     """
 
     table: Tensor
@@ -144,13 +151,19 @@ class _TableDenoiser(NetworkDenoiser):
         betas: Tensor | list[float] | None = None,
         discrete: bool = False,
         generator_sigma: float | None = None,
+        image_range: tuple[float, float] = (-1.0, 1.0),
     ) -> None:
         super().__init__(network)
+        black, white = image_range
+        if not black < white:
+            raise ValueError(f"image_range={list(image_range)} must be black, then white.")
+        self.image_range = (float(black), float(white))
+        self.pixel_scale, self.pixel_shift = (white - black) / 2, (white + black) / 2
         # The dtype is given, as a list from a file would become float32 else.
         chosen = linear_betas() if betas is None else betas
         self.betas = torch.as_tensor(chosen, dtype=torch.float64)
         # Kept out of the module's buffers: ``.half()`` or ``.to(bfloat16)`` must not round it.
-        self.table = sigmas_from_alphas_cumprod((1 - self.betas).cumprod(0))
+        self.table = sigmas_from_alphas_cumprod((1 - self.betas).cumprod(0)) / self.pixel_scale
         self._near = self.table
         self.discrete, self.generator_sigma = discrete, generator_sigma
         self.last = len(self.table) - 1  # the time at which sampling starts
@@ -167,7 +180,19 @@ class _TableDenoiser(NetworkDenoiser):
 
     def start(self, noise: Tensor) -> Tensor:
         """Unit noise is the variance-preserving state: ``sqrt(1 + sigma_max^2) * noise`` here."""
-        return (1 + self.sigma_max**2) ** 0.5 * noise
+        return self.to_signed((1 + (self.pixel_scale * self.sigma_max) ** 2) ** 0.5 * noise)
+
+    def to_own(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1], noisy or not, in the network's own range."""
+        return x if self.image_range == (-1, 1) else self.pixel_scale * x + self.pixel_shift
+
+    def to_signed(self, own: Tensor) -> Tensor:
+        """The inverse of :meth:`to_own`."""
+        return own if self.image_range == (-1, 1) else (own - self.pixel_shift) / self.pixel_scale
+
+    def signal(self, sigma: Tensor) -> Tensor:
+        """Factor from the network's variance-exploding state to its input, at our ``sigma``."""
+        return (1 + (self.pixel_scale * wide(sigma)) ** 2).rsqrt()
 
     def sigmas(self, steps: int) -> Tensor:
         """Levels at the trailing times of the table, then 0."""
@@ -194,11 +219,14 @@ class _TableDenoiser(NetworkDenoiser):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
-        return {
+        found = {
             "betas": self.betas.tolist(),
             "discrete": self.discrete,
             "generator_sigma": self.generator_sigma,
         }
+        # Left out where it is the usual one, so that fingerprints of earlier folders stay.
+        usual = self.image_range == (-1, 1)
+        return found if usual else {**found, "image_range": list(self.image_range)}
 
 
 class EpsilonDenoiser(_TableDenoiser):
@@ -206,7 +234,7 @@ class EpsilonDenoiser(_TableDenoiser):
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`."""
-        scaled = x * like((1 + wide(sigma) ** 2).rsqrt(), x)
+        scaled = self.to_own(x) * like(self.signal(sigma), x)
         return x - like(sigma, x) * self.predict(scaled, sigma, condition)
 
 
@@ -215,13 +243,14 @@ class VelocityDenoiser(_TableDenoiser):
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`."""
-        alpha = like((1 + wide(sigma) ** 2).rsqrt(), x)
-        v = self.predict(alpha * x, sigma, condition)
-        return alpha * (alpha * x - like(sigma, x) * v)
+        alpha = like(self.signal(sigma), x)
+        scaled = alpha * self.to_own(x)
+        v = self.predict(scaled, sigma, condition)
+        return self.to_signed(alpha * (scaled - self.pixel_scale * like(sigma, x) * v))
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
-        """``SNR + 1``."""
-        return 1 + 1 / wide(sigma) ** 2
+        """``SNR + 1``, in the network's own range."""
+        return self.pixel_scale**2 + 1 / wide(sigma) ** 2
 
 
 class FlowDenoiser(NetworkDenoiser):

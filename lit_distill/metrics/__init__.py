@@ -9,8 +9,11 @@ from lit_distill.metrics.extractors import (
     MNISTExtractor,
 )
 from lit_distill.metrics.figures import (
+    bootstrap_interval,
     class_entropy,
     coverage,
+    coverage_interval,
+    covered,
     frechet_distance,
     label_accuracy,
     nearest_images,
@@ -18,6 +21,7 @@ from lit_distill.metrics.figures import (
     recall,
     to_uint8,
 )
+from lit_distill.metrics.resnet import ResNet56Extractor
 
 __all__ = [
     "Cost",
@@ -27,9 +31,13 @@ __all__ = [
     "InceptionExtractor",
     "MNISTExtractor",
     "Measures",
+    "ResNet56Extractor",
     "Sampler",
+    "bootstrap_interval",
     "class_entropy",
     "coverage",
+    "coverage_interval",
+    "covered",
     "describe",
     "frechet_distance",
     "label_accuracy",

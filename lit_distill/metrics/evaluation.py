@@ -14,8 +14,11 @@ from tqdm import tqdm
 
 from lit_distill.metrics.extractors import Extractor
 from lit_distill.metrics.figures import (
+    bootstrap_interval,
     class_entropy,
     coverage,
+    coverage_interval,
+    covered,
     frechet_distance,
     label_accuracy,
     nearest_images,
@@ -63,6 +66,10 @@ class Measures:
         nearest_train: Mean L2 distance to the nearest training image, pixels in [-1, 1], over at
             most 2,000 images.
         paired_distance: Mean L2 distance to the teacher's image from the same noise.
+        fd_teacher_interval: Ends of the 95% interval of ``fd_teacher``, see
+            :func:`bootstrap_interval`.
+        fd_test_interval: Those of ``fd_test``.
+        coverage_interval: Those of ``coverage``, see :func:`coverage_interval`.
     """
 
     fd_teacher: float | None = None
@@ -75,6 +82,9 @@ class Measures:
     class_entropy: float | None = None
     nearest_train: float | None = None
     paired_distance: float | None = None
+    fd_teacher_interval: tuple[float, float] | None = None
+    fd_test_interval: tuple[float, float] | None = None
+    coverage_interval: tuple[float, float] | None = None
 
 
 @torch.no_grad()
@@ -121,6 +131,7 @@ def measure(
     test: ImageSet | None = None,
     teacher: ImageSet | None = None,
     paired: Tensor | None = None,
+    resamples: int = 0,
 ) -> Measures:
     """All figures of a set of images; leave a reference out to leave its figures out.
 
@@ -130,6 +141,7 @@ def measure(
         test: Held-out images.
         teacher: The teacher's samples from other noise than the set's own.
         paired: (N, C, H, W) uint8, the teacher's images from the set's own noise.
+        resamples: Draws of each bootstrap interval; 0 leaves the intervals out.
 
     Returns:
         The figures, with None where a reference or a classifier is missing.
@@ -141,8 +153,10 @@ def measure(
             return None
         return frechet_distance(reference.features, samples.features)
 
-    def covered(reference: ImageSet | None) -> float | None:
-        return None if reference is None else coverage(reference.features, samples.features)
+    def interval(reference: ImageSet | None) -> tuple[float, float] | None:
+        if reference is None or not resamples:
+            return None
+        return bootstrap_interval(reference.features, samples.features, resamples=resamples)
 
     def nearest(pool: ImageSet | None) -> float | None:
         if pool is None:
@@ -150,15 +164,19 @@ def measure(
         images = subset(samples.images, _NEAREST_IMAGES)
         return float(nearest_images(images, pool.images)[0].double().mean())
 
+    found = None if test is None else covered(test.features, samples.features)
     return Measures(
         fd_teacher=distance(teacher),
         fd_test=distance(test),
         fd_train=distance(train),
-        coverage=covered(test),
+        coverage=None if found is None else float(found.double().mean()),
         recall=None if test is None else recall(test.features, samples.features),
-        coverage_train=covered(train),
+        coverage_train=None if train is None else coverage(train.features, samples.features),
         label_accuracy=None if logits is None or labels is None else label_accuracy(logits, labels),
         class_entropy=None if logits is None else class_entropy(logits),
         nearest_train=nearest(train),
         paired_distance=None if paired is None else pixel_distance(samples.images, paired),
+        fd_teacher_interval=interval(teacher),
+        fd_test_interval=interval(test),
+        coverage_interval=None if found is None or not resamples else coverage_interval(found),
     )

@@ -188,8 +188,9 @@ class MNISTExtractor(ClassifierExtractor):
 class InceptionExtractor(Extractor):
     """The Inception-v3 network of the FID, from torch-fidelity: 2048 features, 1008 logits.
 
-    Images of any size, of 1 channel (repeated) or 3; they are resized as in the original
-    TensorFlow graph. The logits are those of ImageNet's classes, so it ``classifies`` nothing.
+    Images of any size, of 1 channel (repeated) or 3; they are resized to 299x299 as in the original
+    TensorFlow graph (bilinear, without antialiasing). The logits are those of ImageNet's classes,
+    so it ``classifies`` nothing.
 
     Args:
         weights: Local copy of torch-fidelity's weight file; None downloads it (91 MB, once).

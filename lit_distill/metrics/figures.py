@@ -59,6 +59,64 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     return max(float(metric.compute()), 0.0)
 
 
+def bootstrap_interval(
+    reference: Tensor, samples: Tensor, *, resamples: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of a Frechet distance, for what other images of the same models would give.
+
+    Both sets are drawn anew, with replacement. A resampled distance is larger by what the finite
+    sets bring, so the resampled ones are moved by the difference of their mean to the distance.
+
+    Args:
+        reference: (N, F) features.
+        samples: (M, F) features.
+        resamples: Number of draws, at least 2. One takes 0.03 s for 10,000 x 64 features of each
+            set, and some 10 s for 10,000 x 2,048, on a core.
+        seed: Of the draws.
+
+    Returns:
+        Lower end, not below 0, and upper end.
+
+    Raises:
+        ValueError: If there are fewer than 2 resamples, or see :func:`frechet_distance`.
+    """
+    _check_resamples(resamples)
+    distance = frechet_distance(reference, samples)
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(resamples):
+        (m1, s1), (m2, s2) = (_moments(_drawn(s, generator)) for s in (reference, samples))
+        # tr (S1 S2)^(1/2) from symmetric matrices, which is several times as fast.
+        levels, axes = torch.linalg.eigh(s1)
+        root = (axes * levels.clamp_min(0).sqrt()) @ axes.T
+        product = torch.linalg.eigvalsh(root @ s2 @ root).clamp_min(0).sqrt().sum()
+        values.append(float((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * product))
+    low, high = _ends(torch.tensor(values, dtype=torch.float64), distance)
+    return max(low, 0.0), high
+
+
+def _check_resamples(resamples: int) -> None:
+    if resamples < 2:
+        raise ValueError(f"An interval takes at least 2 resamples, not {resamples}.")
+
+
+def _drawn(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """As many rows, drawn with replacement."""
+    return rows[torch.randint(len(rows), (len(rows),), generator=generator)]
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    rows = features.double()
+    return rows.mean(0), rows.T.cov()
+
+
+def _ends(values: Tensor, figure: float) -> tuple[float, float]:
+    """The middle 95% of resampled figures, moved so that their mean is the figure itself."""
+    moved = values + (figure - values.mean())
+    low, high = moved.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def coverage(real: Tensor, fake: Tensor, *, neighbours: int = 5, maximum: int = 5_000) -> float:
     """Share of real images with a generated one within reach of their nearest real neighbours.
 
@@ -83,14 +141,59 @@ def coverage(real: Tensor, fake: Tensor, *, neighbours: int = 5, maximum: int = 
     Source:
         Naeem et al., Reliable fidelity and diversity metrics for generative models (2020), Eq. 9.
     """
+    return float(covered(real, fake, neighbours=neighbours, maximum=maximum).double().mean())
+
+
+def covered(real: Tensor, fake: Tensor, *, neighbours: int = 5, maximum: int = 5_000) -> Tensor:
+    """Which real images are covered by each draw of generated ones, see :func:`coverage`.
+
+    Args:
+        real: (N, F) features.
+        fake: (M, F) features.
+        neighbours: The paper's k.
+        maximum: Largest number of images of each set that are compared.
+
+    Returns:
+        (draws, images) bool.
+
+    Raises:
+        ValueError: If a set is not larger than ``neighbours``.
+    """
     real, draws = _draw_alike(real, fake, neighbours, maximum)
     search = NearestNeighbors(n_neighbors=neighbours, algorithm="brute")
     reach = search.fit(real.numpy()).kneighbors()[0][:, -1]  # without X, a point is not its own
-    shares = []
+    found = []
     for draw in draws:
         nearest = search.fit(draw.numpy()).kneighbors(real.numpy(), n_neighbors=1)[0][:, 0]
-        shares.append(float((nearest <= reach).mean()))
-    return sum(shares) / len(shares)
+        found.append(torch.from_numpy(nearest <= reach))
+    return torch.stack(found)
+
+
+def coverage_interval(
+    found: Tensor, *, resamples: int = 1_000, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of a coverage: real images, and draws of generated ones, are drawn anew.
+
+    Args:
+        found: (draws, images) bool, by :func:`covered`. With one draw, the generated images'
+            own share of the spread is left out.
+        resamples: Number of draws, at least 2.
+        seed: Of the draws.
+
+    Returns:
+        Lower and upper end, in [0, 1].
+
+    Raises:
+        ValueError: If there are fewer than 2 resamples.
+    """
+    _check_resamples(resamples)
+    generator = torch.Generator().manual_seed(seed)
+    rows = found.double()
+    values = torch.stack(
+        [_drawn(_drawn(rows, generator).mean(0), generator).mean() for _ in range(resamples)]
+    )
+    low, high = _ends(values, float(rows.mean()))
+    return max(low, 0.0), min(high, 1.0)
 
 
 def recall(real: Tensor, fake: Tensor, *, neighbours: int = 3, maximum: int = 5_000) -> float:

@@ -5,6 +5,8 @@ from lit_distill.models.conditioning import ModulatedNetwork, add_inputs
 from lit_distill.models.discriminator import Discriminator, tapped
 from lit_distill.models.loading import load_denoiser
 from lit_distill.models.lora import AdaptedNetwork, LoRA, adapted, merged, save_adapter
+from lit_distill.models.mnist_ddpm import read_mnist_ddpm
+from lit_distill.models.mnist_unet import MNISTUNet
 from lit_distill.models.networks import UNet
 from lit_distill.models.saving import save_denoiser
 
@@ -13,12 +15,14 @@ __all__ = [
     "ConditionEmbedding",
     "Discriminator",
     "LoRA",
+    "MNISTUNet",
     "ModulatedNetwork",
     "UNet",
     "adapted",
     "add_inputs",
     "load_denoiser",
     "merged",
+    "read_mnist_ddpm",
     "save_adapter",
     "save_denoiser",
     "tapped",

@@ -15,13 +15,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    ImagePipelineOutput,
-    ModelMixin,
-    SchedulerMixin,
-    UNet2DModel,
-)
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -29,6 +23,7 @@ class _Edm:
     """EDM: the network is asked at ``time_scale ln(sigma) / 4``."""
 
     floor = 0.0  # noise left in an estimate of x0
+    pixel_scale, pixel_shift = 1.0, 0.0  # from [-1, 1] to the range that the network knows
 
     def __init__(self, settings: dict[str, Any], betas: list[float] | None) -> None:
         self.settings = settings
@@ -36,7 +31,7 @@ class _Edm:
 
     @property
     def start(self) -> float:
-        """Factor from unit noise to the first state."""
+        """Factor from unit noise to the first state, in the network's own range of pixels."""
         return self.sigma_max
 
     def rho_level(self, u: float) -> float:
@@ -54,7 +49,10 @@ class _Edm:
         return self.settings["time_scale"] / 4 * math.log(sigma)
 
     def scalings(self, sigma: float) -> tuple[float, float, float]:
-        """``c_skip``, ``c_out`` and ``c_in`` of ``D = c_skip x + c_out F(c_in x)``."""
+        """``c_skip``, ``c_out`` and ``c_in`` of ``D = c_skip x + c_out F(c_in x)``.
+
+        All of them in the network's own range of pixels, the level too.
+        """
         sd = self.settings["sigma_data"]
         total = sigma**2 + sd**2
         return sd**2 / total, sigma * sd / total**0.5, total**-0.5
@@ -85,16 +83,18 @@ class _Epsilon(_Edm):
 
     def __init__(self, settings: dict[str, Any], betas: list[float] | None) -> None:
         self.settings, kept = settings, 1.0
+        black, white = settings.get("image_range", (-1.0, 1.0))
+        self.pixel_scale, self.pixel_shift = (white - black) / 2, (white + black) / 2
         self.levels: list[float] = []
         for beta in betas or []:
             kept *= 1 - beta
             remains = max(kept, 1e-9)  # no finite level stands for pure noise
-            self.levels.append(((1 - remains) / remains) ** 0.5)
+            self.levels.append(((1 - remains) / remains) ** 0.5 / self.pixel_scale)
         self.sigma_min, self.sigma_max = self.levels[0], self.levels[-1]
 
     @property
     def start(self) -> float:
-        return (1 + self.sigma_max**2) ** 0.5
+        return (1 + (self.pixel_scale * self.sigma_max) ** 2) ** 0.5
 
     def grid(self, jumps: int) -> list[float]:
         count = len(self.levels)
@@ -159,7 +159,7 @@ class FewStepPipeline(DiffusionPipeline):
     """Samples a student by jumps between noise levels, as it was trained.
 
     Args:
-        unet: The network.
+        unet: The network, called as diffusers' ``UNet2DModel``.
         scheduler: Its configuration holds the variance schedule of a DDPM network. The levels to
             sample on stand in ``few_steps``, so that no other scheduler can take its place.
         conditions: Embeds what the network is conditional on, where that is more than a label.
@@ -170,6 +170,7 @@ class FewStepPipeline(DiffusionPipeline):
             the jumps; ``analytical_first_step``, whether the first jump asks no network.
         num_classes: Number of classes, or None for an unconditional student.
         null_label: The label that stands for "no label", if there is one.
+        patch_size: Side of the squares of pixels that are one pixel to the network.
     """
 
     _optional_components: ClassVar[list[str]] = ["conditions"]
@@ -177,7 +178,7 @@ class FewStepPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: ModelMixin,
         scheduler: SchedulerMixin,
         conditions: ModelMixin | None = None,
         denoiser: str = "EDMDenoiser",
@@ -185,6 +186,7 @@ class FewStepPipeline(DiffusionPipeline):
         few_steps: dict | None = None,
         num_classes: int | None = None,
         null_label: int | None = None,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, conditions=conditions)
@@ -194,6 +196,7 @@ class FewStepPipeline(DiffusionPipeline):
             few_steps=few_steps,
             num_classes=num_classes,
             null_label=null_label,
+            patch_size=patch_size,
         )
 
     @torch.no_grad()
@@ -236,6 +239,7 @@ class FewStepPipeline(DiffusionPipeline):
         x = model.start * randn_tensor(
             self._shape(batch_size), generator=generator, device=device, dtype=torch.float32
         )
+        x = (x - model.pixel_shift) / model.pixel_scale
         jumps = len(levels) - 1
         with self.progress_bar(total=jumps) as bar:
             for i, (sigma, to_sigma) in enumerate(pairwise(levels)):
@@ -273,7 +277,8 @@ class FewStepPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Estimate ``x0`` from ``x`` (B, C, H, W) at ``sigma``, with guidance."""
         numbers = {"to_sigma": model.time(max(to_sigma, model.sigma_min)), "steps": steps}
-        c_skip, c_out, c_in = model.scalings(sigma)
+        c_skip, c_out, c_in = model.scalings(model.pixel_scale * sigma)
+        own, patch = model.pixel_scale * x + model.pixel_shift, self.config.patch_size
 
         def estimate(labels: torch.Tensor | None) -> torch.Tensor:
             embedded = labels
@@ -288,9 +293,10 @@ class FewStepPipeline(DiffusionPipeline):
                     given["label"] = labels
                 embedded = self.conditions(len(x), given)
             time = torch.full((len(x),), model.time(sigma), device=x.device)
-            scaled = (c_in * x).to(self.unet.dtype)
+            scaled = torch.pixel_unshuffle(c_in * own, patch).to(self.unet.dtype)
             out = self.unet(scaled, time, class_labels=embedded, return_dict=False)[0]
-            return c_skip * x + c_out * out.to(x.dtype)
+            x0 = c_skip * own + c_out * torch.pixel_shuffle(out.to(x.dtype), patch)
+            return (x0 - model.pixel_shift) / model.pixel_scale
 
         if scale == 1 or labels is None:  # without labels no other scale got so far
             return estimate(labels)
@@ -357,4 +363,6 @@ class FewStepPipeline(DiffusionPipeline):
         if size is None:
             raise ValueError("The network does not say its sample_size, so none can be drawn.")
         sides = (size, size) if isinstance(size, int) else tuple(size)
-        return (count, self.unet.config.in_channels, *sides)
+        patch = self.config.patch_size
+        channels = self.unet.config.in_channels // patch**2
+        return (count, channels, *(patch * side for side in sides))

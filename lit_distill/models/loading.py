@@ -22,6 +22,7 @@ from lit_distill.diffusion import (
     VelocityDenoiser,
 )
 from lit_distill.models.condition_embedding import ConditionEmbedding
+from lit_distill.models.mnist_unet import MNISTUNet
 from lit_distill.models.networks import UNet
 from lit_distill.models.saving import FORMAT, SIDECAR
 
@@ -47,11 +48,6 @@ def load_denoiser(path_or_hub_id: str | Path) -> NetworkDenoiser:
     """
     folder = _local_folder(path_or_hub_id)
     unet_folder = _component(folder, "unet", "config.json")
-    class_name = _read_json(unet_folder / "config.json").get("_class_name")
-    if class_name != "UNet2DModel":
-        raise ValueError(
-            f"The network in {unet_folder} is a {class_name}; UNet2DModel is what can be loaded."
-        )
     unet = _load_unet(unet_folder)
     conditions = _load_conditions(unet, folder)
     sidecar_file = folder / SIDECAR
@@ -93,8 +89,15 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
         ) from error
 
 
-def _load_unet(folder: Path) -> UNet2DModel:
+def _load_unet(folder: Path) -> UNet2DModel | MNISTUNet:
     """The network with all its weights."""
+    class_name = _read_json(folder / "config.json").get("_class_name")
+    if class_name == MNISTUNet.__name__:
+        return _load(MNISTUNet, folder, use_safetensors=True)
+    if class_name != "UNet2DModel":
+        raise ValueError(
+            f"The network in {folder} is a {class_name}; UNet2DModel is what can be loaded."
+        )
     unet = _load(UNet2DModel, folder)
     if unet.config.out_channels != unet.config.in_channels:
         raise ValueError(
@@ -104,12 +107,12 @@ def _load_unet(folder: Path) -> UNet2DModel:
     return unet
 
 
-def _load_conditions(unet: UNet2DModel, folder: Path) -> ConditionEmbedding | None:
+def _load_conditions(unet: UNet2DModel | MNISTUNet, folder: Path) -> ConditionEmbedding | None:
     """What embeds the network's conditions, where its own class embedding does not.
 
     The folder's code, which stock diffusers would run, is never imported.
     """
-    if unet.config.class_embed_type != "identity":
+    if unet.config.get("class_embed_type") != "identity":
         return None
     own = folder / "conditions"
     if not (own / "config.json").is_file():
@@ -176,7 +179,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _from_sidecar(
-    unet: UNet2DModel, conditions: ConditionEmbedding | None, sidecar: dict[str, Any], file: Path
+    unet: UNet2DModel | MNISTUNet,
+    conditions: ConditionEmbedding | None,
+    sidecar: dict[str, Any],
+    file: Path,
 ) -> NetworkDenoiser:
     """Build what ``lit_distill.json`` describes."""
     if sidecar.get("format") != FORMAT:
@@ -193,8 +199,8 @@ def _from_sidecar(
     if name not in _CLASSES:
         raise ValueError(f"{file} names the denoiser {name!r}; known are {', '.join(_CLASSES)}.")
     classes, null_label = sidecar.get("num_classes"), sidecar.get("null_label")
-    network = UNet.wrap(unet, classes, null_label, conditions)
     try:
+        network = UNet.wrap(unet, classes, null_label, conditions, sidecar.get("patch_size", 1))
         denoiser = _CLASSES[name](network, **sidecar.get("settings", {}))
         few_steps = sidecar.get("few_steps")
         denoiser.few_steps = None if few_steps is None else FewSteps(**few_steps)
@@ -204,7 +210,7 @@ def _from_sidecar(
 
 
 def _from_scheduler(
-    unet: UNet2DModel, conditions: ConditionEmbedding | None, folder: Path
+    unet: UNet2DModel | MNISTUNet, conditions: ConditionEmbedding | None, folder: Path
 ) -> NetworkDenoiser:
     """Build what a foreign scheduler's configuration describes."""
     scheduler, network = _scheduler(folder), UNet.wrap(unet, conditions=conditions)

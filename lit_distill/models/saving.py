@@ -5,6 +5,7 @@ The scheduler says what the network predicts. What no scheduler can say stands i
 its own, see :mod:`lit_distill.models.few_step_pipeline`.
 """
 
+import inspect
 import json
 import os
 import shutil
@@ -35,18 +36,15 @@ from lit_distill.diffusion import (
     FlowDenoiser,
     VelocityDenoiser,
 )
+from lit_distill.models.condition_embedding import ConditionEmbedding
 from lit_distill.models.few_step_pipeline import FewStepPipeline
 from lit_distill.models.lora import merged
+from lit_distill.models.mnist_unet import MNISTUNet
 
 SIDECAR = "lit_distill.json"
 FORMAT = 1
 _CONSISTENCY_TIME_SCALE = 1000  # CMStochasticIterativeScheduler asks at 1000 ln(sigma) / 4
 _FLOW_TIME_SCALE = 1000  # FlowMatchEulerDiscreteScheduler asks at 1000 t
-# What a folder needs where lit_distill is not installed: the file here, and its name there.
-_CODE = {
-    "pipeline.py": "few_step_pipeline.py",
-    "conditions/condition_embedding.py": "condition_embedding.py",
-}
 
 
 def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
@@ -72,6 +70,7 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
         "settings": denoiser.settings(),
         "num_classes": denoiser.num_classes,
         "null_label": denoiser.null_label,
+        "patch_size": getattr(denoiser.network, "patch_size", 1),
         "few_steps": None if denoiser.few_steps is None else asdict(denoiser.few_steps),
     }
     target = Path(folder).absolute()
@@ -81,7 +80,7 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
     try:
         pipeline.save_pretrained(draft, safe_serialization=True)
         if isinstance(pipeline, FewStepPipeline):
-            _add_code(draft)
+            _add_code(draft, pipeline)
         (draft / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n")
         draft.chmod(0o755)  # mkdtemp keeps others out
         _replace(target, draft)
@@ -115,30 +114,32 @@ def _replace(target: Path, draft: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _add_code(folder: Path) -> None:
-    """Put the code of a few-step pipeline into its folder, and say where it stands."""
-    here, file = Path(__file__).parent, folder / "model_index.json"
+def _add_code(folder: Path, pipeline: FewStepPipeline) -> None:
+    """Put the code that a folder needs without lit_distill into it, and say where it stands."""
+    file = folder / "model_index.json"
     index = json.loads(file.read_text())
+    shutil.copyfile(inspect.getfile(FewStepPipeline), folder / "pipeline.py")
     index["_class_name"] = ["pipeline", FewStepPipeline.__name__]
-    if (folder / "conditions").is_dir():
-        index["conditions"] = ["condition_embedding", "ConditionEmbedding"]
-    for name, source in _CODE.items():
-        if (folder / name).parent.is_dir():
-            shutil.copyfile(here / source, folder / name)
+    for name, component in pipeline.components.items():
+        if isinstance(component, ConditionEmbedding | MNISTUNet):
+            code = Path(inspect.getfile(type(component)))
+            shutil.copyfile(code, folder / name / code.name)
+            index[name] = [code.stem, type(component).__name__]
     file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
     """The pipeline that samples this denoiser: a stock one where there is one."""
-    network = getattr(denoiser, "network", None)
+    network: Any = getattr(denoiser, "network", None)
     unet = getattr(network, "unet", None)
-    if not isinstance(unet, UNet2DModel):
+    if not isinstance(unet, UNet2DModel | MNISTUNet):
         raise ValueError(
             f"A {type(denoiser).__name__} around a {type(network).__name__} has no diffusers "
             "format; export needs a lit_distill.models.UNet."
         )
     stock, scheduler = _stock(denoiser)
-    if _stock_samples_alike(denoiser):
+    plain = isinstance(unet, UNet2DModel) and network.patch_size == 1
+    if plain and _stock_samples_alike(denoiser):
         return stock(unet, scheduler)
     few = denoiser.few_steps
     # What is no student takes any number of steps.
@@ -153,6 +154,7 @@ def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
         few_steps=sampling,
         num_classes=denoiser.num_classes,
         null_label=denoiser.null_label,
+        patch_size=network.patch_size,
     )
 
 
@@ -176,6 +178,8 @@ def _stock_samples_alike(denoiser: Denoiser) -> bool:
     """
     few = denoiser.few_steps
     if denoiser.inputs:  # a stock pipeline tells a network its time and its label only
+        return False
+    if getattr(denoiser, "image_range", (-1, 1)) != (-1, 1):  # and it expects no other
         return False
     if few is None:
         return not isinstance(denoiser, FlowDenoiser) or denoiser.time_scale == _FLOW_TIME_SCALE

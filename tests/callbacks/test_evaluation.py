@@ -114,6 +114,24 @@ def test_figures_are_those_of_the_stated_images(tested):
     assert rows[1]["paired_distance"] == pytest.approx(expected.paired_distance, rel=1e-6)
 
 
+def test_figures_come_with_their_intervals(tested):
+    folder, rows = tested
+    for row in rows[:4]:
+        for name in ("fd_teacher_toy", "fd_toy", "coverage"):
+            low, high = row[f"{name}_interval"]
+            assert low <= row[name] <= high and (low < high or row[name] == 1)
+    assert rows[-1]["fd_toy_interval"] is None and rows[-2]["fd_toy_interval"] is not None
+    assert "fd_toy_train_interval" not in rows[0]
+    written = json.loads((folder / "metrics.json").read_text())[0]["fd_toy_interval"]
+    assert written == list(rows[0]["fd_toy_interval"])
+
+
+def test_intervals_can_be_left_out(tmp_path, capsys):
+    rows = run_test(tmp_path / "run", Toy(ToyDenoiser()), resamples=0)
+    assert all(row["fd_toy_interval"] is None for row in rows)
+    assert "±" not in capsys.readouterr().out
+
+
 def test_floors_are_those_of_teacher_and_data(tested):
     _, rows = tested
     extractor, data = ToyExtractor(), ToyData()
@@ -229,7 +247,7 @@ def test_an_unconditional_model_has_no_label_accuracy(tmp_path):
     assert rows[-1]["label_accuracy"] > 0.9
 
 
-def test_only_inception_gives_an_fid(tmp_path):
+def test_only_inception_gives_an_fid(tmp_path, capsys):
     class Inception(ToyExtractor):
         name, classifies = "inception", False
 
@@ -240,6 +258,7 @@ def test_only_inception_gives_an_fid(tmp_path):
     assert student["fid"] > 0 and student["fid_train"] > 0 and student["fd_teacher_inception"] > 0
     assert student["label_accuracy"] is None and student["class_entropy"] is None
     assert not [key for key in student if key.startswith("fd_") and "teacher" not in key]
+    assert "fid_train: to 120 training images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("teacher", [ToyDenoiser(), None])

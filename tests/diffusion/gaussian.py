@@ -52,15 +52,19 @@ class Preconditioned(nn.Module):
 class Diffused(nn.Module):
     """Epsilon or v of a DDPM, asked at its times with the variance-preserving state."""
 
-    def __init__(self, betas: Tensor, velocity: bool) -> None:
+    def __init__(
+        self, betas: Tensor, velocity: bool, half: float = 1.0, middle: float = 0.0
+    ) -> None:
         super().__init__()
         self.abar, self.velocity = (1 - betas).cumprod(0), velocity
+        # Of the data as this network saw them, half x + middle.
+        self.mean, self.variance = half * MEAN + middle, half**2 * VARIANCE
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition = None) -> Tensor:
         abar = self.abar[time.round().long()].to(x.dtype)[:, None]
         alpha, std = abar.sqrt(), (1 - abar).sqrt()
-        whitened = (x - alpha * MEAN) / (abar * VARIANCE + 1 - abar)
-        noise, x0 = std * whitened, MEAN + alpha * VARIANCE * whitened
+        whitened = (x - alpha * self.mean) / (abar * self.variance + 1 - abar)
+        noise, x0 = std * whitened, self.mean + alpha * self.variance * whitened
         return alpha * noise - std * x0 if self.velocity else noise
 
 
@@ -82,7 +86,13 @@ def exact_denoisers() -> dict[str, NetworkDenoiser]:
         "epsilon": EpsilonDenoiser(Diffused(betas, velocity=False)),
         "epsilon_short": EpsilonDenoiser(Diffused(short, velocity=False), betas=short),
         "epsilon_discrete": EpsilonDenoiser(Diffused(betas, velocity=False), discrete=True),
+        "epsilon_unit": EpsilonDenoiser(
+            Diffused(betas, False, half=0.5, middle=0.5), image_range=(0, 1)
+        ),
         "velocity": VelocityDenoiser(Diffused(betas, velocity=True), betas=betas.tolist()),
+        "velocity_range": VelocityDenoiser(
+            Diffused(betas, True, half=2.0, middle=-1.0), image_range=(-3, 1)
+        ),
         "flow": FlowDenoiser(Straight()),
     }
 

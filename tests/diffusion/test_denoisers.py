@@ -96,7 +96,7 @@ def test_the_closed_forms_agree_with_each_other():
 @pytest.mark.parametrize("name", EXACT)
 def test_a_whole_run_is_the_exact_ode_map(name):
     denoiser = exact_denoisers()[name]
-    steps = 200 if name != "epsilon_discrete" else 1000
+    steps = 1000 if name in ("epsilon_discrete", "epsilon_unit") else 200
     noise = seeded_noise((4,), range(6)).double()
     out = sample(denoiser, noise, steps=steps)
     truth = flow_map(denoiser.start(noise), denoiser.sigma_max, 0)
@@ -113,7 +113,12 @@ def test_start_is_the_stock_pipelines_first_state(name):
     scale = top if isinstance(denoiser, EDMDenoiser) else (1 + top**2) ** 0.5
     if isinstance(denoiser, FlowDenoiser):
         scale = 1 + top
-    assert torch.allclose(denoiser.start(noise), scale * noise)
+    expected = scale * noise
+    if name == "epsilon_unit":  # (x + 1) / 2 is what the network was trained on
+        expected = 2 * (1 + (top / 2) ** 2) ** 0.5 * noise - 1
+    elif name == "velocity_range":
+        expected = ((1 + (2 * top) ** 2) ** 0.5 * noise + 1) / 2
+    assert torch.allclose(denoiser.start(noise), expected)
 
 
 @pytest.mark.parametrize("name", ["epsilon", "velocity", "flow"])
@@ -153,6 +158,32 @@ def test_the_weighted_error_is_the_networks_own(kind):
         target = noise - x0
     own = (prediction - target).square().sum(1)
     assert torch.allclose(error, own, rtol=1e-6)
+
+
+def test_the_weighted_error_is_the_networks_own_in_its_own_range():
+    waves = Waves().double()
+    denoiser = VelocityDenoiser(waves, image_range=(0, 1))
+    sigma = denoiser.table[10::50]
+    x0, noise = torch.randn(2, len(sigma), 2, dtype=torch.float64)
+    denoised = denoiser(x0 + sigma[:, None] * noise, sigma)
+    error = denoiser.loss_weight(sigma) * (denoised - x0).square().sum(1)
+    s = sigma[:, None] / 2
+    target = (noise - s * (x0 + 1) / 2) / (1 + s**2).sqrt()
+    own = (waves(waves.x, waves.time, None) - target).square().sum(1)
+    assert torch.allclose(error, own, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [(1, 0), (1, 1)])
+def test_a_range_of_images_rises(bad):
+    with pytest.raises(ValueError, match="must be black, then white"):
+        EpsilonDenoiser(Waves(), image_range=bad)
+
+
+def test_only_an_unusual_range_is_written_down():
+    assert "image_range" not in EpsilonDenoiser(Waves()).settings()
+    settings = EpsilonDenoiser(Waves(), image_range=(0, 1)).settings()
+    assert settings["image_range"] == [0, 1]
+    assert EpsilonDenoiser(Waves(), **settings).settings() == settings
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -277,7 +308,7 @@ def test_a_run_from_a_lower_start_is_the_exact_ode_map(name):
     denoiser = exact_denoisers()[name]
     denoiser.start_from(2.5)
     noise = seeded_noise((4,), range(6)).double()
-    out = sample(denoiser, noise, steps=100)
+    out = sample(denoiser, noise, steps=150)
     truth = flow_map(denoiser.start(noise), denoiser.sigma_max, 0)
     assert float((out - truth).abs().max()) < 5e-3
 

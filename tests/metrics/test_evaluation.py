@@ -9,8 +9,11 @@ from lit_distill.datamodules import DigitsDataModule
 from lit_distill.metrics import (
     DigitsExtractor,
     Extractor,
+    bootstrap_interval,
     class_entropy,
     coverage,
+    coverage_interval,
+    covered,
     describe,
     frechet_distance,
     label_accuracy,
@@ -91,6 +94,59 @@ def test_frechet_distance_is_symmetric_and_in_float64():
 def test_frechet_distance_says_what_it_takes(shapes):
     with pytest.raises(ValueError, match="two sets of at least 2 features of one size"):
         frechet_distance(*(torch.zeros(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.5])
+def test_intervals_hold_what_other_samples_give(shift):
+    """95% of them the mean of the distances of as many samples; the rest is chance."""
+    pairs = [
+        (normal(250, 3, seed=2 * i), shift + normal(250, 3, seed=2 * i + 1)) for i in range(60)
+    ]
+    truth = sum(frechet_distance(*pair) for pair in pairs) / len(pairs)
+    ends = [bootstrap_interval(*pair, resamples=40) for pair in pairs]
+    assert sum(low <= truth <= high for low, high in ends) >= 0.85 * len(pairs)
+    # And no wider than it must be.
+    spread = torch.tensor([frechet_distance(*pair) for pair in pairs]).std()
+    width = torch.tensor([high - low for low, high in ends]).mean()
+    assert 0.7 < float(width / (4 * spread)) < 1.3
+
+
+def test_an_interval_is_around_its_distance_and_the_same_each_time():
+    real, fake = normal(300, 4).float(), (0.3 + normal(200, 4, seed=1)).float()
+    low, high = bootstrap_interval(real, fake, resamples=30)
+    assert 0 < low < frechet_distance(real, fake) < high
+    assert (low, high) == bootstrap_interval(real, fake, resamples=30)
+    assert (low, high) != bootstrap_interval(real, fake, resamples=30, seed=1)
+    with pytest.raises(ValueError, match="at least 2 resamples, not 1"):
+        bootstrap_interval(real, fake, resamples=1)
+
+
+def test_more_images_make_an_interval_narrower():
+    widths = []
+    for count in (100, 1600):
+        low, high = bootstrap_interval(normal(count, 2), 1 + normal(count, 2, seed=1))
+        widths.append(high - low)
+    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.4)
+
+
+def test_the_interval_of_a_coverage_is_that_of_a_share():
+    found = (torch.rand(10, 2_000, generator=seeded()) < 0.8) & torch.tensor(True)
+    fixed = found[:1].expand(10, -1)  # all draws cover the same images
+    low, high = coverage_interval(fixed)
+    share = float(fixed.double().mean())
+    half = 1.96 * (share * (1 - share) / 2_000) ** 0.5
+    assert (low, high) == pytest.approx((share - half, share + half), abs=0.1 * half)
+    assert coverage_interval(torch.ones(1, 50, dtype=torch.bool)) == (1.0, 1.0)
+
+
+def test_draws_that_differ_widen_the_interval_of_a_coverage():
+    real, fake = normal(400, 2), normal(4_000, 2, seed=1)
+    found = covered(real, fake)
+    assert found.shape == (10, 400)
+    assert coverage(real, fake) == pytest.approx(float(found.double().mean()))
+    uneven = torch.arange(10)[:, None] < torch.full((1, 400), 5)  # all or nothing
+    low, high = coverage_interval(uneven)
+    assert high - low > 0.5
 
 
 # --- Coverage and recall --------------------------------------------------------------------------
@@ -202,6 +258,18 @@ def test_uint8_rounds_and_clamps():
 
 
 # --- All figures ----------------------------------------------------------------------------------
+
+
+def test_intervals_are_measured_when_asked_for():
+    images = torch.randint(0, 256, (3, 60, 1, 2, 2), dtype=torch.uint8, generator=seeded())
+    one, two, three = (describe(Pixels(), s) for s in images)
+    measures = measure(one, test=two, teacher=three, resamples=20)
+    for name in ("fd_test", "fd_teacher", "coverage"):
+        low, high = getattr(measures, f"{name}_interval")
+        assert low <= getattr(measures, name) <= high
+    without = measure(one, test=two, teacher=three)
+    assert without.fd_test == measures.fd_test and without.coverage == measures.coverage
+    assert without.fd_test_interval is without.coverage_interval is None
 
 
 def test_figures_without_a_reference_are_left_out():

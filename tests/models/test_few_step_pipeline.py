@@ -30,16 +30,26 @@ from lit_distill.diffusion import (
     sample,
     seeded_generators,
 )
-from lit_distill.models import UNet, add_inputs, load_denoiser, save_denoiser
+from lit_distill.models import MNISTUNet, UNet, add_inputs, load_denoiser, save_denoiser
 
 SEEDS = [7, 8, 9, 2**33]
 LABELS = [0, 2, 1, 3]  # the last is the null class
 SHORT = linear_betas(50)  # ends at sigma = 0.8, where an untrained network's images are not clipped
 
 
-def student(kind, classes=None, inputs=(), lower=None, sampling=None, **settings):
+def small_mnist_unet():
+    torch.manual_seed(0)
+    unet = MNISTUNet(8, 1, 8, 4, num_timesteps=20)
+    unet.out[3].bias.data.fill_(-1)  # grey images, which are not clipped
+    return UNet.wrap(unet, num_classes=3, null_label=3)
+
+
+def student(
+    kind, classes=None, inputs=(), lower=None, sampling=None, network=None, patch_size=1, **settings
+):
     """A student whose further conditions matter."""
-    denoiser = kind(tiny_network(classes), **settings)
+    made = tiny_network(classes, patch_size=patch_size) if network is None else network()
+    denoiser = kind(made, **settings)
     if lower is not None:
         denoiser.start_from(lower)
     add_inputs(denoiser, inputs)
@@ -177,6 +187,51 @@ def students():
         "flow_lower": (
             {"kind": FlowDenoiser, "lower": 3.0, "sampling": {"trained": (1,)}},
             [(1, 1.0), (2, 1.0)],
+        ),
+        # A network of squares of pixels
+        "patches": (
+            {
+                "kind": EDMDenoiser,
+                "classes": 3,
+                "patch_size": 2,
+                "sampling": {"trained": (1, 2), "gamma": 1.0},
+            },
+            [(1, 1.0), (2, 3.0)],
+        ),
+        # Networks that were trained on images in another range than [-1, 1]
+        "mnist_unet": (
+            {
+                "kind": EpsilonDenoiser,
+                "classes": 3,
+                "network": small_mnist_unet,
+                "betas": linear_betas(20),
+                "image_range": (0, 1),
+                "sampling": {"trained": (1, 2), "gamma": 0.5},
+            },
+            [(1, 1.0), (2, 2.0)],
+        ),
+        "epsilon_range": (
+            {
+                "kind": EpsilonDenoiser,
+                "betas": SHORT,
+                "inputs": both,
+                "image_range": (0, 1),
+                "sampling": {
+                    "trained": (2,),
+                    "grids": [(1.1, 0.6, 0.2, 0.0)],
+                    "analytical_first_step": True,
+                },
+            },
+            [(2, 1.0), (3, 1.0)],
+        ),
+        "velocity_range": (
+            {
+                "kind": VelocityDenoiser,
+                "betas": SHORT,
+                "image_range": (-3, 1),
+                "sampling": {"trained": (1, 3)},
+            },
+            [(1, 1.0), (3, 1.0)],
         ),
     }
 

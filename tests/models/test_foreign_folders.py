@@ -21,6 +21,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     ScoreSdeVeScheduler,
+    UNet2DModel,
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -203,6 +204,41 @@ def test_files_at_the_root_are_read_as_on_old_hub_pages(tmp_path):
             shutil.move(file, folder / file.name)
         (folder / component).rmdir()
     assert torch.equal(own_images(folder, steps=3), expected)
+
+
+def test_the_cifar10_model_of_the_hub_loads_by_its_name(tmp_path, monkeypatch):
+    """``google/ddpm-cifar10-32`` from the hub's own cache, with the documented configuration."""
+    import huggingface_hub.constants
+
+    unet = UNet2DModel(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        norm_num_groups=32,
+        attention_head_dim=None,
+    )
+    cached = tmp_path / "models--google--ddpm-cifar10-32"
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(cached / "snapshots" / "0123abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="clips its estimates"):
+        denoiser = load_denoiser("google/ddpm-cifar10-32")
+    assert sum(p.numel() for p in denoiser.parameters()) == 35_746_307
+    assert type(denoiser) is EpsilonDenoiser and denoiser.image_shape == (3, 32, 32)
+    assert len(denoiser.table) == 1000 and denoiser.num_classes is None
+    x, time = torch.randn(1, 3, 32, 32), torch.tensor([37.0])
+    with torch.no_grad():
+        found = denoiser.network(x, time)
+        assert torch.equal(found, unet.eval()(x, time).sample)
 
 
 def test_half_precision_weights_become_full(tmp_path):

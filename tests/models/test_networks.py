@@ -80,6 +80,29 @@ def test_an_unconditional_network_ignores_labels():
     assert torch.equal(labelled, network(x, torch.ones(2)))
 
 
+def test_squares_of_pixels_are_channels_to_the_network():
+    network = tiny_network(num_classes=3, patch_size=2).eval()
+    assert network.unet.config.in_channels == network.unet.config.out_channels == 4
+    assert (network.unet.config.sample_size, network.image_shape) == (4, (1, 8, 8))
+    x, time, labels = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0]), torch.tensor([0, 3])
+    patches = x.view(2, 4, 2, 4, 2).permute(0, 2, 4, 1, 3).flatten(1, 2)
+    expected = network.unet(patches, time, class_labels=labels).sample
+    expected = expected.view(2, 2, 2, 4, 4).permute(0, 3, 1, 4, 2).reshape(2, 1, 8, 8)
+    assert torch.equal(network(x, time, labels), expected)
+    again = UNet.wrap(network.unet, 3, 3, patch_size=2)
+    assert again.image_shape == (1, 8, 8)
+    assert torch.equal(again(x, time, labels), expected)
+    with pytest.raises(ValueError, match="4 channels takes no squares of patch_size=3"):
+        UNet.wrap(network.unet, patch_size=3)
+
+
+def test_squares_of_pixels_stay_when_inputs_are_added():
+    network, x = tiny_network(patch_size=2).eval(), torch.randn(2, 1, 8, 8)
+    before = network(x, torch.ones(2))
+    network.add_inputs(("steps",))
+    assert torch.allclose(network(x, torch.ones(2), {"steps": torch.ones(2)}), before, atol=1e-6)
+
+
 def test_options_win():
     network = tiny_network(options={"block_out_channels": (8, 8), "act_fn": "gelu"})
     assert network.unet.config.block_out_channels == (8, 8)
@@ -103,6 +126,11 @@ def test_denoisers_know_what_their_network_knows():
     ("arguments", "sentence"),
     [
         ({"image_size": 28, "block_out_channels": [32] * 4}, "image_size=28 cannot be halved 3"),
+        ({"patch_size": 3}, "image_size=8 cannot be cut into squares of patch_size=3"),
+        (
+            {"block_out_channels": [8, 8, 8, 8], "patch_size": 2},
+            "image_size=8 cannot be halved 3 times after patch_size=2",
+        ),
         ({"block_out_channels": [8, 12]}, r"\[8, 12\] must be multiples of norm_num_groups=8"),
         (
             {"block_out_channels": [4, 4], "norm_num_groups": 4},
