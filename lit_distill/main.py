@@ -1,4 +1,4 @@
-"""The command line: ``lit-distill fit | validate | test | predict | sample``."""
+"""The command line: ``lit-distill fit | validate | test | predict | sample | compare``."""
 
 import os
 import sys
@@ -17,6 +17,7 @@ commands:
   test      evaluate it on the test data: a table and metrics.json
   predict   write noise-image pairs with a teacher
   sample    draw images from an exported folder (a teacher's or a student's)
+  compare   many methods on one teacher and budget: a table and a page of pictures
 
 examples:
   lit-distill fit --config configs/digits/teacher.yaml
@@ -62,6 +63,10 @@ def _run(args: list[str]) -> int:
         from lit_distill.commands.sample import run_sample
 
         return run_sample(args[1:])
+    if command == "compare":
+        from lit_distill.commands.compare import run_compare
+
+        return run_compare(args[1:])
     if command == "--version":
         from lit_distill import __version__
 
@@ -72,7 +77,8 @@ def _run(args: list[str]) -> int:
         return 0
     problem = f"there is no command '{command}'" if command else "a command is missing"
     raise ArgumentError(
-        None, f"{problem}: choose one of {', '.join((*TRAINING, 'sample'))}, or see --help."
+        None,
+        f"{problem}: choose one of {', '.join((*TRAINING, 'sample', 'compare'))}, or see --help.",
     )
 
 

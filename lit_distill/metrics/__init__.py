@@ -9,6 +9,7 @@ from lit_distill.metrics.extractors import (
     MNISTExtractor,
 )
 from lit_distill.metrics.figures import (
+    bootstrap_interval,
     class_entropy,
     coverage,
     frechet_distance,
@@ -28,6 +29,7 @@ __all__ = [
     "MNISTExtractor",
     "Measures",
     "Sampler",
+    "bootstrap_interval",
     "class_entropy",
     "coverage",
     "describe",

@@ -59,6 +59,50 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     return max(float(metric.compute()), 0.0)
 
 
+def bootstrap_interval(
+    reference: Tensor, samples: Tensor, *, resamples: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of a Frechet distance, for what other images of the same models would give.
+
+    Both sets are drawn anew, with replacement. A resampled distance is larger by what the finite
+    sets bring, so the resampled ones are moved by the difference of their mean to the distance.
+
+    Args:
+        reference: (N, F) features.
+        samples: (M, F) features.
+        resamples: Number of draws, at least 2.
+        seed: Of the draws.
+
+    Returns:
+        Lower end, not below 0, and upper end.
+
+    Raises:
+        ValueError: If there are fewer than 2 resamples, or see :func:`frechet_distance`.
+    """
+    if resamples < 2:
+        raise ValueError(f"An interval takes at least 2 resamples, not {resamples}.")
+    distance = frechet_distance(reference, samples)
+    generator = torch.Generator().manual_seed(seed)
+
+    def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = torch.randint(len(features), (len(features),), generator=generator)
+        weights = drawn.bincount(minlength=len(features)).double()
+        rows = features.double()
+        mean = weights @ rows / len(rows)
+        centred = (rows - mean) * weights.sqrt().unsqueeze(1)
+        return mean, centred.T @ centred / (len(rows) - 1)
+
+    values = []
+    for _ in range(resamples):
+        (m1, s1), (m2, s2) = moments(reference), moments(samples)
+        root = torch.linalg.eigvals(s1 @ s2).sqrt().real.sum()
+        values.append(float((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * root))
+    spread = torch.tensor(values, dtype=torch.float64)
+    spread += distance - spread.mean()
+    low, high = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return max(low, 0.0), high
+
+
 def coverage(real: Tensor, fake: Tensor, *, neighbours: int = 5, maximum: int = 5_000) -> float:
     """Share of real images with a generated one within reach of their nearest real neighbours.
 
