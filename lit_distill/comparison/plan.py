@@ -7,10 +7,11 @@ that name, whose configuration is an entry or the file ``<name>.yaml`` beside it
 all of them move to its own folder.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -20,45 +21,47 @@ from lit_distill.comparison.evaluation import Judge
 
 TEACHER = "teacher"
 """The run that methods' configurations mean by ``runs/<dataset>/teacher``."""
+AS_CONFIGURED = "as configured"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Budget:
-    """What each method may spend; at most one is given, and none means "as configured".
+    """What each method may spend.
 
     Attributes:
-        seconds: Seconds of training steps, turned into updates by the time that a trial takes.
-        updates: Student updates.
-        teacher_evaluations: Teacher evaluations (times batch rows), with those of stored pairs.
+        amount: How much.
+        unit: ``seconds`` of training steps, which a trial turns into updates; student ``updates``;
+            ``teacher evaluations`` (times batch rows), with those of stored pairs; or nothing, for
+            as much as is configured.
     """
 
-    seconds: float | None = None
-    updates: int | None = None
-    teacher_evaluations: int | None = None
+    amount: float = 0
+    unit: Literal["", "seconds", "updates", "teacher evaluations"] = ""
 
-    def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) > 1:
+    @staticmethod
+    def of(text: str) -> "Budget":
+        """Read a budget such as ``60 seconds``.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if text == AS_CONFIGURED:
+            return Budget()
+        match = re.fullmatch(r"([\d_.,]+) (seconds|updates|teacher evaluations)", text.strip())
+        try:
+            amount = float(match[1].replace(",", "").replace("_", "")) if match else 0.0
+        except ValueError:
+            amount = 0.0
+        if not match or amount <= 0:
             raise ValueError(
-                f"budget: {', '.join(given)} are given, and a comparison has one budget: keep one "
-                "of them (on the command line set the other to null)."
+                f"budget: {text!r} is none: write a positive number of seconds, updates or teacher "
+                f"evaluations, such as '60 seconds', or '{AS_CONFIGURED}'."
             )
-        if any(value <= 0 for value in given.values()):
-            raise ValueError(f"budget: {given}: it must be positive.")
-
-    @property
-    def given(self) -> bool:
-        """Whether there is one."""
-        return any(value is not None for value in vars(self).values())
+        return Budget(amount, match[2])  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        if self.seconds is not None:
-            return f"{self.seconds:g} seconds of training steps"
-        if self.updates is not None:
-            return f"{self.updates:,} student updates"
-        if self.teacher_evaluations is not None:
-            return f"{self.teacher_evaluations:,} teacher evaluations, stored pairs included"
-        return "as configured"
+        said = {"seconds": "seconds of training steps", "updates": "student updates"}
+        return f"{self.amount:,g} {said.get(self.unit, self.unit)}" if self.unit else AS_CONFIGURED
 
 
 @dataclass
@@ -99,7 +102,8 @@ class Comparison:
         teacher: Configuration of the teacher, or a diffusers folder or hub id of one that is there.
         entries: The methods.
         evaluation: How all are judged.
-        budget: What each method may spend on its training. Teachers are trained as configured.
+        budget: What each method may spend on its training, such as ``60 seconds``, ``500 updates``
+            or ``200000 teacher evaluations``. Teachers are trained as configured.
         tuning: How much each method's settings were tuned, in a sentence for the report.
         seed: Seed of all trainings.
         overrides: Changes of all configurations.
@@ -110,13 +114,14 @@ class Comparison:
     teacher: str
     entries: list[Entry]
     evaluation: Judge
-    budget: Budget = field(default_factory=Budget)
+    budget: str = AS_CONFIGURED
     tuning: str = "not stated"
     seed: int = 0
     overrides: dict[str, Any] = field(default_factory=dict)
     title: str = "Comparison"
 
     def __post_init__(self) -> None:
+        Budget.of(self.budget)  # not first after the teacher's training
         names = [entry.name for entry in self.entries]
         twice = sorted({name for name in names if names.count(name) > 1})
         if not names:
@@ -167,6 +172,7 @@ class Plan:
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison, self.folder = comparison, Path(comparison.folder)
+        self.budget = Budget.of(comparison.budget)
         self.entries = {entry.name: entry for entry in comparison.entries}
         self._runs: dict[str, Run] = {}
         # A teacher that is there already has no run.

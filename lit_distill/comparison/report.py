@@ -193,18 +193,19 @@ class _Page:
         c = self.comparison
         teacher = self.plan.ready or f"`{c.teacher}`"
         return (
-            f"Teacher: {teacher}, trained as configured. Budget of each method: {c.budget}. "
+            f"Teacher: {teacher}, trained as configured. Budget of each method: "
+            f"{self.plan.budget}. "
             f"Tuning: {c.tuning.strip().rstrip('.')}. Seed {c.seed}. Device: {_device()}."
         )
 
     def notes(self) -> list[str]:
         """What the columns mean."""
-        judge, c = self.comparison.evaluation, self.comparison
+        judge = self.comparison.evaluation
         notes = [
             f"`{self.names['teacher']}`: Frechet distance to {judge.num_images:,} samples of the "
             f"teacher ({judge.teacher_solver}, {judge.teacher_steps} steps) from other noise, of "
-            "as many samples; in brackets a bootstrapped 95% interval. The teacher's own first line "
-            "is the floor. Its other lines are the best of "
+            "as many samples; in brackets a bootstrapped 95% interval. The teacher's own first "
+            "line is the floor. Its other lines are the best of "
             f"{', '.join(judge.solvers)}, chosen on samples of other seeds. Of one-step gap: over "
             "the distance of the teacher's own single step.",
             f"`{self.names['test']}`: to the held-out images; coverage: of these; label: asked "
@@ -214,7 +215,7 @@ class _Page:
             "training steps, plus those of the runs that it reads (pairs, earlier stages); the "
             "teacher's training is left out. Memory: peak of the training process.",
         ]
-        if c.budget.seconds is not None:
+        if self.plan.budget.unit == "seconds":
             notes.append(
                 "Seconds became updates by timing a few updates of each method before its "
                 "training, so that its learning-rate schedule ends with it. Pairs and earlier "

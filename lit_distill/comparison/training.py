@@ -95,7 +95,7 @@ class Workshop:
                     )
                 anew = True
         found = finished(run) and not given.is_file()
-        if found and run.budgeted and self.plan.comparison.budget.given:
+        if found and run.budgeted and self.plan.budget.unit:
             raise RunError(
                 f"the run in {run.folder} was not made within this budget: choose another --folder"
             )
@@ -128,11 +128,11 @@ class Workshop:
 
     def _within_budget(self, run: Run) -> DictConfig:
         """The run's configuration, shortened (or lengthened) to the budget."""
-        budget = self.plan.comparison.budget
-        if not run.budgeted or not budget.given:
+        budget = self.plan.budget
+        if not run.budgeted or not budget.unit:
             return run.config
-        if budget.updates is not None:
-            return shortened(run.config, budget.updates)
+        if budget.unit == "updates":
+            return shortened(run.config, int(budget.amount))
         return shortened(run.config, self._updates_for(run, budget))
 
     def _updates_for(self, run: Run, budget: Budget) -> int:
@@ -141,15 +141,14 @@ class Workshop:
         if not record.is_file():
             _write(record, json.dumps(self._tried(run), indent=1) + "\n")
         trial = json.loads(record.read_text())
-        if budget.seconds is not None:
-            return max(1, round(budget.seconds / trial["seconds_per_update"]))
-        assert budget.teacher_evaluations is not None
+        if budget.unit == "seconds":
+            return max(1, round(budget.amount / trial["seconds_per_update"]))
         stored = sum(
             spent_on(self.plan.run(need)).teacher_evaluations or 0
             for need in run.needs
             if self.plan.run(need).writes_pairs
         )
-        left = budget.teacher_evaluations - stored
+        left = budget.amount - stored
         if left < max(1, trial["evaluations_per_update"]):
             raise RunError(
                 f"the budget of {budget} leaves nothing: its stored pairs alone took {stored:,}"
