@@ -23,7 +23,11 @@ from lit_distill.metrics import extractors
 from lit_distill.models import UNet, save_denoiser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml"))
+FILES = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.glob("*/*.yaml")
+    if path.parent.name != "compare"  # no runs: see tests/comparison/test_plan.py
+)
 SHAPES = {"digits": (1, 8), "mnist": (1, 28), "cifar10": (3, 32)}
 ON_CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
 FEW_STEPS = (

@@ -1,6 +1,7 @@
 """One evaluation for all: each model's images from the same noise, its figures and its cost."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,17 +94,7 @@ class Evaluator:
         judge.data.prepare_data()
         for stage in ("fit", "test"):
             judge.data.setup(stage)
-        # Never runs: it says where to sample and in which precision.
-        self.trainer = Trainer(
-            accelerator=judge.accelerator,
-            devices=1,
-            precision=judge.precision,  # type: ignore[arg-type]
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        self.trainer = _carrier(judge, folder)
         self._extractor = hash_tensors(judge.extractor)
         self._references: dict[int | None, References] = {}
 
@@ -307,6 +298,26 @@ class Evaluator:
                 judge.batch_size,
             )
         return self._references[num_classes]
+
+
+def _carrier(judge: Judge, folder: Path) -> Trainer:
+    """A trainer that never runs: it says where to sample and in which precision."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = log.level
+    log.setLevel(logging.WARNING)  # it would list the hardware
+    try:
+        return Trainer(
+            accelerator=judge.accelerator,
+            devices=1,
+            precision=judge.precision,  # type: ignore[arg-type]
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    finally:
+        log.setLevel(before)
 
 
 def _trained(denoiser: Denoiser) -> list[int]:
