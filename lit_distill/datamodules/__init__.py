@@ -5,6 +5,7 @@ from lit_distill.datamodules.cifar10 import CIFAR10DataModule
 from lit_distill.datamodules.digits import DigitsDataModule
 from lit_distill.datamodules.mnist import MNISTDataModule
 from lit_distill.datamodules.pairs import PairsDataModule
+from lit_distill.datamodules.plane import PlaneDataModule
 
 __all__ = [
     "CIFAR10DataModule",
@@ -12,5 +13,6 @@ __all__ = [
     "ImageDataModule",
     "MNISTDataModule",
     "PairsDataModule",
+    "PlaneDataModule",
     "to_signed",
 ]

@@ -7,6 +7,7 @@ from lit_distill.metrics.extractors import (
     Extractor,
     InceptionExtractor,
     MNISTExtractor,
+    PixelExtractor,
 )
 from lit_distill.metrics.figures import (
     bootstrap_interval,
@@ -28,6 +29,7 @@ __all__ = [
     "InceptionExtractor",
     "MNISTExtractor",
     "Measures",
+    "PixelExtractor",
     "Sampler",
     "bootstrap_interval",
     "class_entropy",
