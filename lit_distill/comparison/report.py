@@ -191,9 +191,9 @@ class _Page:
     def introduction(self) -> str:
         """What was done, in a few sentences."""
         c = self.comparison
-        teacher = self.plan.ready or f"`{c.teacher}`"
+        origin = "taken as it is" if self.plan.ready else "trained as configured"
         return (
-            f"Teacher: {teacher}, trained as configured. Budget of each method: "
+            f"Teacher: `{c.teacher}`, {origin}. Budget of each method: "
             f"{self.plan.budget}. "
             f"Tuning: {c.tuning.strip().rstrip('.')}. Seed {c.seed}. Device: {_device()}."
         )

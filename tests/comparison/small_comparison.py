@@ -34,10 +34,10 @@ data:
   init_args: {{batch_size: 16}}
 """
 METHODS = {
-    "cd": ("ConsistencyDistillation", "teacher", "num_nodes: 4"),
-    "sfd": ("SFD", "teacher", "{steps: 2, teacher_substeps: 1}"),
-    "second": ("KnowledgeDistillation", "sfd", "{online: true, teacher_steps: 2}"),
-    "broken": ("ConsistencyDistillation", "teacher", "num_nodes: 1"),
+    "cd": ("ConsistencyDistillation", "teacher", "{num_nodes: 4, distance: l2}"),
+    "sfd": ("SFD", "teacher", "{steps: 2, teacher_substeps: 1, distance: l1}"),
+    "second": ("KnowledgeDistillation", "sfd", "{online: true, teacher_steps: 2, distance: l2}"),
+    "broken": ("ConsistencyDistillation", "teacher", "{num_nodes: 1, distance: l2}"),
 }
 
 
