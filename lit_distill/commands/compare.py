@@ -16,7 +16,7 @@ from lit_distill.commands.errors import one_line
 from lit_distill.comparison.evaluation import Evaluator
 from lit_distill.comparison.plan import Comparison, Entry, Plan
 from lit_distill.comparison.report import Result, write_report
-from lit_distill.comparison.training import RunError, Workshop, spent_on
+from lit_distill.comparison.training import RunError, Workshop, finished, spent_on
 
 _DESCRIPTION = """\
 Train and evaluate all methods of a comparison, those that are done left out, and write
@@ -61,7 +61,7 @@ def _compare(comparison: Comparison, only: list[str], overwrite: bool) -> int:
     teachers: dict[str, Result] = {}
     for number, entry in enumerate(comparison.entries, 1):
         if only and entry.name not in only:
-            results.append(_kept(plan, evaluator, entry))
+            results.append(_kept(plan, workshop, evaluator, entry))
             continue
         print(f"[{number}/{len(comparison.entries)}] {entry.name}: {entry.label}", flush=True)
         results.append(_result(plan, workshop, evaluator, entry, teachers))
@@ -132,12 +132,15 @@ def _result(
     return result
 
 
-def _kept(plan: Plan, evaluator: Evaluator, entry: Entry) -> Result:
+def _kept(plan: Plan, workshop: Workshop, evaluator: Evaluator, entry: Entry) -> Result:
     """An entry that is not asked for: what was found out about it before."""
     result = Result(entry.name, entry, left_out=True)
     try:
         run = plan.run(entry.name)
-        if (run.folder / "evaluation.json").is_file() and (run.folder / "cost.json").is_file():
+        if (run.folder / "evaluation.json").is_file() and finished(run):
+            changed = workshop.changed(run)
+            if changed:
+                raise ValueError(f"its run has other settings ({changed})")
             _evaluate(plan, evaluator, entry, result)
     except Exception as error:
         result.error = one_line(error)

@@ -131,7 +131,7 @@ class _Page:
         ]
         for teacher in self.teachers:
             for row in teacher.rows:
-                name = f"{teacher.name}, {row['solver']}"
+                name = f"{teacher.name}, {row['solver']}, {row['steps']} steps"
                 found.append(_Line("teacher", ["teacher", name, *self._figures(row, teacher)]))
         families = dict.fromkeys(r.entry.family for r in self.results if r.entry)
         for family in families:
@@ -246,7 +246,7 @@ class _Page:
             _save(self._plot(known), path)
             pictures["Distance against network evaluations, and against training cost"] = path
         strips, paths = self._shown()
-        if strips and all(images[0].numel() > 2 for images in strips.values()):
+        if strips and all(_is_picture(images) for images in strips.values()):
             path = folder / "samples.png"
             draw_rows(strips, path, SHOWN)
             pictures["Samples of all models from the same noise"] = path
@@ -375,6 +375,11 @@ class _Page:
             }
             rows += [{**about, **row} for row in result.rows] or [about]
         return rows
+
+
+def _is_picture(images: Tensor) -> bool:
+    """Whether they can be looked at: neither points nor latents."""
+    return images.shape[1] in (1, 3)
 
 
 def _gap(teacher: Result | None) -> float | None:

@@ -78,13 +78,20 @@ class Workshop:
                     str(error) if run.name == name else f"it needs {run.name}: {error}"
                 ) from error
 
+    def changed(self, run: Run) -> str:
+        """The first setting in which a run was made otherwise than it would be now, or nothing."""
+        given = run.folder / GIVEN
+        if not given.is_file():
+            return ""
+        return _difference(OmegaConf.load(given), self._within_budget(run))
+
     def _make_one(self, run: Run) -> None:
         if run.name in self._checked:
             return
         given, anew = run.folder / GIVEN, False
         config = self._within_budget(run)
         if given.is_file():
-            changed = _difference(OmegaConf.load(given), config)
+            changed = self.changed(run)
             stale = sorted(self._made.intersection(run.needs)) if finished(run) else []
             if changed or stale:
                 why = changed or f"{', '.join(stale)} was made anew since"

@@ -100,7 +100,7 @@ class TestReport:
         path.write_text(yaml.safe_dump(given))
         assert compare(command, path).status == 0
         table = (tmp_path / "compared/report/report.md").read_text()
-        assert re.search(r"\| teacher \| sfd, heun \|", table)
+        assert re.search(r"\| teacher \| sfd, heun, 2 steps \|", table)
         assert "SECOND: `sfd`" in table
         kept = yaml.safe_load((tmp_path / "compared/sfd/compare.yaml").read_text())
         assert kept["trainer"]["max_steps"] == 8  # as configured, and not the budget's
@@ -222,6 +222,12 @@ class TestOnly:
         table = (tmp_path / "compared/report/report.md").read_text()
         assert re.search(r"\| all \| CD \| 1 \|", table)
         assert re.search(r"\| all \| SFD \| 2 \|", table)
+        # Rows of two budgets never stand in one table.
+        options = ("--only", "sfd", "--budget", "6 updates", "--overwrite", "true")
+        assert compare(command, path, *options).status == 0
+        table = (tmp_path / "compared/report/report.md").read_text()
+        assert re.search(r"\| all \| CD \| its run has other settings \(trainer", table)
+        assert re.search(r"\| all \| SFD \| 2 \|.*\| 6 \|", table)
 
     def test_an_unknown_name(self, command: Command, tmp_path: Path) -> None:
         path = write_comparison(tmp_path, "cd")
