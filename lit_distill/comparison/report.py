@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 import lit_distill
@@ -159,7 +160,7 @@ class _Page:
             _with_interval(row, "fd_test"),
             _percent(row.get("coverage")),
             _percent(row.get("label_accuracy")),
-            _number(row.get("paired_distance")),
+            _number(row.get("paired_distance") or None),  # 0 is the teacher's to itself
             *("-", "-", "-", "-"),
         ]
 
@@ -313,14 +314,19 @@ class _Page:
         left.set_ylabel(f"{self.names['teacher']}{unit}")
         ticks = sorted({row["nfe"] for r in [*known, *self.teachers] for row in r.rows})
         left.set_xticks(ticks, [str(tick) for tick in ticks])
-        left.minorticks_off()
         right.set(xscale="log", xlabel="seconds of training and preparation")
         left.set_title("Distance against NFE", fontsize=11)
         right.set_title(
             f"Best at up to {_FEW} NFE against training cost (line: floor)", fontsize=11
         )
+        for axis in (left.yaxis, right.xaxis):  # plain numbers, also within a power of ten
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+        if shares:
+            left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         for axes in (left, right):
-            axes.grid(alpha=0.25, which="both", linewidth=0.5)
+            axes.minorticks_off()
+            axes.grid(alpha=0.25, linewidth=0.5)
         figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         return figure
 
@@ -443,7 +449,8 @@ def _code(text: str) -> str:
 def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads in sampling"
+    count = torch.get_num_threads()
+    return f"CPU ({platform.machine()}), sampling with {count} thread{'s' * (count > 1)}"
 
 
 def _wrapped(label: str, width: int = 24) -> str:
