@@ -309,6 +309,7 @@ def shortened(config: DictConfig, updates: int) -> DictConfig:
 
     Learning-rate schedules, stages, and the intervals of validation, checkpoints and pictures.
     What is interpolated from ``trainer.max_steps`` follows by itself. The epochs are unlimited.
+    There is no validation where no checkpoint is chosen by it.
 
     Args:
         config: A training's configuration.
@@ -337,6 +338,9 @@ def shortened(config: DictConfig, updates: int) -> DictConfig:
 
     made = DictConfig(scaled(None, OmegaConf.to_container(config)))
     made.trainer.max_steps, made.trainer.max_epochs = updates, -1
+    callbacks = made.trainer.get("callbacks") or []
+    if not any((c.get("init_args") or {}).get("monitor") for c in callbacks):
+        made.trainer.limit_val_batches = 0  # nothing is chosen by it: all are judged alike after
     return made
 
 

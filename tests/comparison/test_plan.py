@@ -128,7 +128,12 @@ class TestBudget:
         assert short.model.init_args.stage_updates == 62
         assert short.model.init_args.lr_scheduler.init_args.total_steps == 500
         assert short.model.init_args.lr_scheduler.init_args.pct_start == 0.1
+        assert short.trainer.limit_val_batches == 0
         assert config.trainer.max_steps == 2000
+
+    def test_validation_stays_where_a_checkpoint_is_chosen_by_it(self) -> None:
+        short = shortened(OmegaConf.load(CONFIGS / "mnist/dmd.yaml"), 100)
+        assert "limit_val_batches" not in short.trainer
 
     def test_stages_keep_their_shares_and_fill_the_budget(self) -> None:
         config = OmegaConf.load(CONFIGS / "digits/pd.yaml")
