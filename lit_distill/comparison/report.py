@@ -253,7 +253,7 @@ class _Page:
             pictures["Samples of all models from the same noise"] = path
         if paths:
             path = folder / "trajectories.png"
-            _save(_plot_paths(paths), path)
+            _save(_plot_paths(paths), path, dpi=80)  # many thin lines make a large file
             pictures["Trajectories from the same noise"] = path
         return pictures
 
@@ -424,9 +424,9 @@ def _plot_paths(paths: dict[str, Tensor]) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, dpi: int = 130) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png", dpi=130, facecolor="white")
+    figure.savefig(temporary, format="png", dpi=dpi, facecolor="white")
     os.replace(temporary, path)
 
 
