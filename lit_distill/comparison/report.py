@@ -132,7 +132,8 @@ class _Page:
         ]
         for teacher in self.teachers:
             for row in teacher.rows:
-                name = f"{teacher.name}, {row['solver']}, {row['steps']} steps"
+                steps = f"{row['steps']} step{'s' * (row['steps'] > 1)}"
+                name = f"{teacher.name}, {row['solver']}, {steps}"
                 found.append(_Line("teacher", ["teacher", name, *self._figures(row, teacher)]))
         families = dict.fromkeys(r.entry.family for r in self.results if r.entry)
         for family in families:
@@ -319,6 +320,9 @@ class _Page:
         right.set_title(
             f"Best at up to {_FEW} NFE against training cost (line: floor)", fontsize=11
         )
+        totals = [total for r in known if (total := r.total("seconds"))]
+        if totals:  # wide enough for a tick
+            right.set_xlim(min(totals) / 1.7, max(totals) * 1.7)
         for axis in (left.yaxis, right.xaxis):  # plain numbers, also within a power of ten
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(lambda value, _: f"{value:g}")
