@@ -166,8 +166,12 @@ def _evaluate(plan: Plan, evaluator: Evaluator, entry: Entry, result: Result) ->
 def _teacher(evaluator: Evaluator, name: str, folder: str) -> Result:
     result = Result(name, None)
     key = {"teacher": evaluator.load(folder).fingerprint()}
-    print(f"{name}: its samples, and the best solver at few evaluations", flush=True)
-    result.rows, result.images = evaluator.kept(name, key, lambda: evaluator.teacher(folder))
+
+    def measured() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        print(f"{name}: its samples, and the best solver at few evaluations", flush=True)
+        return evaluator.teacher(folder)
+
+    result.rows, result.images = evaluator.kept(name, key, measured)
     return result
 
 
