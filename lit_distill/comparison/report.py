@@ -27,6 +27,7 @@ _FEW = 8  # evaluations: what a few-step generator may take in the plot of costs
 # Okabe and Ito's colours, told apart by the colour-blind too; by family, in order.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 _MARKERS = "osD^vP*X<>ph"
+_LATER = "not run yet"
 
 
 @dataclass
@@ -141,7 +142,7 @@ class _Page:
                 if result.entry is None or result.entry.family != family:
                     continue
                 if result.error or not result.rows:
-                    note = result.error or "not run yet"
+                    note = result.error or _LATER
                     found.append(_Line(family, [family, result.label], note))
                 for row in result.rows:
                     cells = [family, result.label, *self._figures(row, self._teacher(result))]
@@ -215,7 +216,7 @@ class _Page:
             "noise. Latency: an image at batch 1.",
             "Teacher evaluations: times batch rows, stored pairs included. Training: seconds of "
             "training steps, plus those of the runs that it reads (pairs, earlier stages); the "
-            "teacher's training is left out. Memory: peak of the training process.",
+            "teacher's training is left out, and ? stands for what was found there. Memory: peak of the training process.",
         ]
         if self.plan.budget.unit == "seconds":
             notes.append(
@@ -348,7 +349,8 @@ class _Page:
             row = f"<th scope='row'>{name}</th><td class='name'>{cells[1]}</td>"
             if line.note:
                 why = html.escape(line.note)
-                row += f"<td class='why' colspan='{len(self.head) - 2}'>{why}</td>"
+                kind = "later" if line.note == _LATER else "why"
+                row += f"<td class='{kind}' colspan='{len(self.head) - 2}'>{why}</td>"
             else:
                 row += "".join(f"<td>{cell}</td>" for cell in cells[2:])
             body.append(f"<tr{' class=first' if line.family != last else ''}>{row}</tr>")
@@ -485,10 +487,12 @@ def _text(value: Any, form: str) -> str:
 
 def _sum(parts: list[float | None]) -> str:
     """What training took, and what came before."""
-    if any(part is None for part in parts):
+    own, *before = parts
+    if own is None:
         return "-"
-    own, *before = [float(part or 0) for part in parts]
-    return f"{own:.0f}" + (f" + {sum(before):.0f}" if before else "")
+    known = [part for part in before if part is not None]
+    more = f"{sum(known):.0f}" if len(known) == len(before) else "?"
+    return f"{own:.0f}" + (f" + {more}" if before else "")
 
 
 def _with_interval(row: Row, name: str) -> str:
@@ -520,7 +524,8 @@ tbody th, td.name, thead th:nth-child(-n+2) {{ text-align: left; }}
 tbody th {{ font-weight: 600; }}
 tr.first th, tr.first td {{ border-top: 1px solid #aaa; }}
 tbody tr:hover {{ background: #f3f6fa; }}
-td.why {{ text-align: left; white-space: normal; color: #a33; }}
+td.why, td.later {{ text-align: left; white-space: normal; color: #a33; }}
+td.later {{ color: #777; }}
 figure {{ margin: 1.5rem 0; }}
 figure img {{ max-width: 100%; height: auto; }}
 figcaption {{ font-size: .85rem; color: #444; }}
