@@ -216,7 +216,8 @@ class _Page:
             "noise. Latency: an image at batch 1.",
             "Teacher evaluations: times batch rows, stored pairs included. Training: seconds of "
             "training steps, plus those of the runs that it reads (pairs, earlier stages); the "
-            "teacher's training is left out, and ? stands for what was found there. Memory: peak of the training process.",
+            "teacher's training is left out, and ? stands for what was found there. Memory: peak "
+            "of the training process.",
         ]
         if self.plan.budget.unit == "seconds":
             notes.append(
