@@ -14,12 +14,13 @@ RUNS ?= runs/digits
 SEED ?= 0
 LIT := $(BIN)/lit-distill
 
-.PHONY: help demo methods test test-full lint clean
+.PHONY: help demo compare methods test test-full lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train a teacher on digits, distill it to one step, measure, draw ($(RUNS))"
-	@echo "make methods    every other method on the same teacher, one table of all ($(RUNS))"
+	@echo "make compare    all methods at 45 s of training each, one table and page (runs/compare/digits)"
+	@echo "make methods    all methods at full length on the demo's teacher, the same report ($(RUNS))"
 	@echo "make test       the tests of every day"
 	@echo "make test-full  and the long bars"
 	@echo "make lint       ruff and mypy"
@@ -51,42 +52,15 @@ demo: $(METRICS)
 	@echo "More images:  $(LIT) sample $(STUDENT) --num-images 100 --out digits.png"
 	@echo "TensorBoard:  $(BIN)/tensorboard --logdir $(RUNS)"
 
-# Every method on the demo's teacher. One alone: make runs/digits/cd/pipeline/model_index.json
-METHODS := kd kd_online pd td sfd sfd_stored sfd_cheap sfd_v sfd_stage2 cd multi_boundary ct ct_scratch ctm
-FOLDERS := $(METHODS:%=$(RUNS)/%/pipeline/model_index.json)
-FIT = $(LIT) fit --config configs/digits/$(1).yaml --seed_everything $(SEED) --ckpt_path last \
-	--trainer.default_root_dir $(RUNS)/$(1)
+# All methods, 45 seconds of training each; more options: make compare ARGS="--only cd dmd"
+ARGS ?=
+compare: $(STAMP)
+	$(LIT) compare configs/compare/digits.yaml --seed $(SEED) $(ARGS)
 
-methods: $(STUDENT)/model_index.json $(FOLDERS)
-	$(BIN)/python benchmarks/few_step_table.py --runs $(RUNS) --out $(RUNS)/methods
-	@echo "Table and picture: $(RUNS)/methods.md, $(RUNS)/methods.png"
-
-$(RUNS)/kd/pipeline/model_index.json: | $(STUDENT)/model_index.json
-	$(call FIT,kd) --model.init_args.teacher $(TEACHER) --data.init_args.folder $(RUNS)/pairs
-
-$(RUNS)/sfd_stored/pipeline/model_index.json: | $(TEACHER)/model_index.json
-	$(LIT) predict --config configs/digits/trajectories.yaml \
-		--trainer.default_root_dir $(RUNS)/trajectories --model.init_args.teacher $(TEACHER)
-	$(call FIT,sfd_stored) --model.init_args.teacher $(TEACHER) \
-		--data.init_args.folder $(RUNS)/trajectories
-
-$(RUNS)/sfd_cheap/pipeline/model_index.json: | $(TEACHER)/model_index.json
-	$(LIT) predict --config configs/digits/trajectories_cheap.yaml \
-		--trainer.default_root_dir $(RUNS)/trajectories_cheap --model.init_args.teacher $(TEACHER)
-	$(call FIT,sfd_cheap) --model.init_args.teacher $(TEACHER) \
-		--data.init_args.folder $(RUNS)/trajectories_cheap
-
-$(RUNS)/sfd_stage2/pipeline/model_index.json: | $(RUNS)/sfd/pipeline/model_index.json
-	$(call FIT,sfd_stage2) --model.init_args.teacher $(RUNS)/sfd/pipeline
-
-$(RUNS)/ct/pipeline/model_index.json: | $(TEACHER)/model_index.json
-	$(call FIT,ct) --model.init_args.denoiser $(TEACHER)
-
-$(RUNS)/ct_scratch/pipeline/model_index.json: | $(STAMP)
-	$(call FIT,ct_scratch)
-
-$(RUNS)/%/pipeline/model_index.json: | $(TEACHER)/model_index.json
-	$(call FIT,$*) --model.init_args.teacher $(TEACHER)
+# The same at full length, on the demo's teacher and pairs, with further variants.
+methods: $(STUDENT)/model_index.json
+	$(LIT) compare configs/compare/digits.yaml --config configs/compare/digits_full.yaml \
+		--folder $(RUNS) --seed $(SEED) $(ARGS)
 
 $(TEACHER)/model_index.json: | $(STAMP)
 	$(LIT) fit --config configs/digits/teacher.yaml --seed_everything $(SEED) --ckpt_path last \

@@ -1,4 +1,4 @@
-"""The command line: ``lit-distill fit | validate | test | predict | sample | import``."""
+"""The command line: ``lit-distill fit | validate | test | predict | sample | import | compare``."""
 
 import os
 import sys
@@ -18,6 +18,8 @@ commands:
   predict   write noise-image pairs with a teacher
   sample    draw images from an exported folder (a teacher's or a student's)
   import    turn a checkpoint in another format into such a folder
+  compare   many methods on one teacher and budget: a table and a page of pictures
+
 
 examples:
   lit-distill fit --config configs/digits/teacher.yaml
@@ -27,6 +29,7 @@ All options: lit-distill COMMAND --help.  Version: lit-distill --version.
 The traceback behind an error: LIT_DISTILL_DEBUG=1 lit-distill COMMAND ...
 """
 TRAINING = ("fit", "validate", "test", "predict")
+OTHERS = ("sample", "import", "compare")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -67,6 +70,10 @@ def _run(args: list[str]) -> int:
         from lit_distill.commands.importing import run_import
 
         return run_import(args[1:])
+    if command == "compare":
+        from lit_distill.commands.compare import run_compare
+
+        return run_compare(args[1:])
     if command == "--version":
         from lit_distill import __version__
 
@@ -78,7 +85,7 @@ def _run(args: list[str]) -> int:
     problem = f"there is no command '{command}'" if command else "a command is missing"
     raise ArgumentError(
         None,
-        f"{problem}: choose one of {', '.join((*TRAINING, 'sample', 'import'))}, or see --help.",
+        f"{problem}: choose one of {', '.join((*TRAINING, *OTHERS))}, or see --help.",
     )
 
 

@@ -51,7 +51,16 @@ class TestWords:
     def test_help_names_every_command(self, command: Command) -> None:
         ended = command("--help")
         assert ended.status == 0
-        for word in ("fit", "validate", "test", "predict", "sample", "import", "examples:"):
+        for word in (
+            "fit",
+            "validate",
+            "test",
+            "predict",
+            "sample",
+            "import",
+            "compare",
+            "examples:",
+        ):
             assert word in ended.out
         assert len(ended.out.splitlines()) < 25
 
@@ -69,7 +78,7 @@ class TestWords:
     def test_a_wrong_word_ends_with_2(self, command: Command, args: list[str]) -> None:
         ended = command(*args)
         assert ended.status == 2
-        assert "choose one of fit, validate, test, predict, sample, import" in ended.error
+        assert "choose one of fit, validate, test, predict, sample, import, compare" in ended.error
 
     def test_help_of_a_command(self, command: Command) -> None:
         ended = command("fit", "--help")

@@ -30,7 +30,7 @@ def test_runs_from_top_to_bottom(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # no history in the user's home
     where = {"metadata": {"path": str(tmp_path)}}  # it must not matter where one starts it
-    client = NotebookClient(read(path), timeout=120, kernel_name="python3", resources=where)
+    client = NotebookClient(read(path), timeout=280, kernel_name="python3", resources=where)
     client.execute()  # raises CellExecutionError with the cell and its traceback
     said = [
         output.text

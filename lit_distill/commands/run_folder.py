@@ -8,7 +8,10 @@ BEST = Path("checkpoints") / "best.ckpt"
 CONFIG = "config.yaml"
 _STAGES = "stage-*/model_index.json"  # exported on the way, see ExportPipeline
 _RESULTS = ("checkpoints/*.ckpt", "pipeline/*", _STAGES, "metrics.json")
-_PARTS = ("checkpoints", "pipeline", "samples", "metrics.json", "comparison.png", "hparams.yaml")
+_PARTS = (
+    *("checkpoints", "pipeline", "samples", "metrics.json", "cost.json"),
+    *("comparison.png", "hparams.yaml"),
+)
 _EVENTS = "events.out.tfevents.*"
 
 

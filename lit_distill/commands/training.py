@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import lit_distill.datamodules  # noqa: F401  (so that data modules are known by their short names)
+from lit_distill.callbacks import RunCost
 from lit_distill.commands import run_folder
 from lit_distill.methods import DistillationModule
 
@@ -147,6 +148,7 @@ class DistillationCLI(LightningCLI):
         if self._get(self.config, "overwrite") and self.subcommand == "fit":
             old = [] if config.fast_dev_run else run_folder.written(self.root)
             callbacks = [ReplaceRun(old), *callbacks] if old else callbacks  # before all that write
+        callbacks = [*callbacks, RunCost()]
         config.callbacks = callbacks
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint):

@@ -7,6 +7,7 @@ from lit_distill.datamodules.digits import DigitsDataModule
 from lit_distill.datamodules.image_folder import ImageFolderDataModule
 from lit_distill.datamodules.mnist import MNISTDataModule
 from lit_distill.datamodules.pairs import PairsDataModule
+from lit_distill.datamodules.plane import PlaneDataModule
 
 __all__ = [
     "CIFAR10DataModule",
@@ -16,5 +17,6 @@ __all__ = [
     "ImageFolderDataModule",
     "MNISTDataModule",
     "PairsDataModule",
+    "PlaneDataModule",
     "to_signed",
 ]

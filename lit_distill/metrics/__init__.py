@@ -7,6 +7,7 @@ from lit_distill.metrics.extractors import (
     Extractor,
     InceptionExtractor,
     MNISTExtractor,
+    PixelExtractor,
 )
 from lit_distill.metrics.figures import (
     bootstrap_interval,
@@ -31,6 +32,7 @@ __all__ = [
     "InceptionExtractor",
     "MNISTExtractor",
     "Measures",
+    "PixelExtractor",
     "ResNet56Extractor",
     "Sampler",
     "bootstrap_interval",

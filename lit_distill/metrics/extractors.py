@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
+from lit_distill.datamodules import to_signed
+
 WEIGHTS_FOLDER = Path(__file__).with_name("weights")
 
 
@@ -82,6 +84,30 @@ class Extractor(nn.Module):
     def train(self, mode: bool = True) -> "Extractor":
         """Stay in eval mode whatever ``mode`` says: a parent's ``train()`` arrives here too."""
         return super().train(False)
+
+
+class PixelExtractor(Extractor):
+    """No network: the features are the pixel values in [-1, 1], for points and tiny images.
+
+    Args:
+        num_features: Pixels times channels of an image.
+    """
+
+    name = "pixels"
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The values, and no logits to speak of."""
+        features = to_signed(images).flatten(1)
+        if features.shape[1] != self.num_features:
+            raise ValueError(
+                f"num_features={self.num_features}, but these images have {features.shape[1]} "
+                "values: set it to that."
+            )
+        return features, features[:, :0]
 
 
 class ConvClassifier(nn.Module):

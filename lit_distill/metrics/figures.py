@@ -72,6 +72,7 @@ def bootstrap_interval(
         samples: (M, F) features.
         resamples: Number of draws, at least 2. One takes 0.03 s for 10,000 x 64 features of each
             set, and some 10 s for 10,000 x 2,048, on a core.
+
         seed: Of the draws.
 
     Returns:

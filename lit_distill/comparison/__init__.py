@@ -1,0 +1,1 @@
+"""One teacher, many methods, one budget, one evaluation, one report."""
