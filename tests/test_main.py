@@ -265,7 +265,7 @@ class TestOtherCommands:
         model = ("--model.init_args.denoiser", teacher)
         assert command("predict", "--config", config, *model).status == 0
         assert saved(ROOT)["model"]["init_args"]["denoiser"] == str(teacher)
-        assert [path.name for path in ROOT.iterdir()] == ["config.yaml"]
+        assert {path.name for path in ROOT.iterdir()} == {"config.yaml", "cost.json"}
 
     def test_a_missing_checkpoint_is_named(self, command: Command, config: Path) -> None:
         ended = command("test", "--config", config, "--ckpt_path", "nope.ckpt")

@@ -27,7 +27,8 @@ class RunCost(Callback):
 
     def __init__(self) -> None:
         self._began = 0.0
-        self._batches: list[tuple[int, float]] = []  # step and time at the end of each
+        # Step and time at the start, after each batch of the warm-up, and after the latest.
+        self._batches: list[tuple[int, float]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -45,6 +46,7 @@ class RunCost(Callback):
         self, trainer: Trainer, pl_module: LightningModule, *args: object, **kwargs: object
     ) -> None:
         """Look at the clock."""
+        del self._batches[_WARM_UP + 1 :]
         self._batches.append((trainer.global_step, time.perf_counter()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
