@@ -2,6 +2,7 @@
 
 from lit_distill.methods.adversarial import AdversarialDistillation
 from lit_distill.methods.alternating import AlternatingDistillationModule
+from lit_distill.methods.autoencoder import Autoencoder
 from lit_distill.methods.base import DistillationModule
 from lit_distill.methods.consistency import ConsistencyDistillation
 from lit_distill.methods.consistency_training import ConsistencyTraining
@@ -25,6 +26,7 @@ __all__ = [
     "SFD",
     "AdversarialDistillation",
     "AlternatingDistillationModule",
+    "Autoencoder",
     "ConsistencyDistillation",
     "ConsistencyTraining",
     "ConsistencyTrajectory",

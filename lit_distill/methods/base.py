@@ -34,7 +34,8 @@ from lit_distill.diffusion import (
 from lit_distill.models import load_denoiser
 
 Batch = dict[str, Tensor]
-"""``image`` (B, C, H, W) in [-1, 1], and where there are any: ``label``, ``noise``, ``index``."""
+"""``image`` (B, C, H, W) in [-1, 1], or latents (B, c, h, w) of unit variance; and where there are
+any: ``label`` or ``prompt_embeds``, ``noise``, ``index``."""
 
 # How often a run looks whether its losses are finite: a look makes a GPU wait.
 _CHECK_EVERY = 20
@@ -47,6 +48,8 @@ def as_denoiser(source: str | Denoiser) -> Denoiser:
 
 def condition_of(batch: Batch) -> Condition:
     """What a batch's images are conditional on."""
+    if "prompt_embeds" in batch:
+        return {"prompt_embeds": batch["prompt_embeds"]}
     return batch.get("label")
 
 

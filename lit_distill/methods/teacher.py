@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lit_distill.diffusion import Denoiser, SigmaDistribution
+from lit_distill.diffusion import Condition, Denoiser, SigmaDistribution, like
 from lit_distill.losses import denoising_loss
 from lit_distill.methods.base import Batch, DistillationModule, as_denoiser, condition_of
 
@@ -23,7 +23,8 @@ class DiffusionTeacher(DistillationModule):
         denoiser: The model to train, or a folder or hub id to go on from.
         sigma_distribution: Maps uniform numbers to training noise levels, for example
             ``LogNormalSigma``; by default uniform in the denoiser's own time.
-        label_dropout: Share of samples whose label is replaced by the null class, for guidance.
+        label_dropout: Share of samples whose label is replaced by the null class, or their prompt
+            by the empty one, for guidance.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule, in steps.
         ema_decay: Decay of the average of the weights.
@@ -50,7 +51,7 @@ class DiffusionTeacher(DistillationModule):
         channels_last: bool = False,
     ) -> None:
         student = as_denoiser(denoiser)
-        if label_dropout > 0 and student.null_label is None:
+        if label_dropout > 0 and student.null_label is None and student.codec is None:
             raise ValueError(
                 f"label_dropout={label_dropout} needs a class-conditional network with a null "
                 "class: set the network's num_classes, or label_dropout to 0."
@@ -73,11 +74,20 @@ class DiffusionTeacher(DistillationModule):
         """Denoising score matching on a batch of data."""
         x0, condition = batch["image"], condition_of(batch)
         sigma = self.sigma_distribution(torch.rand(len(x0), device=self.device))
-        if self.label_dropout > 0 and isinstance(condition, Tensor):
-            null = self.student.null(condition)
+        if self.label_dropout > 0 and condition is not None:
             drop = torch.rand(len(x0), device=self.device) < self.label_dropout
-            condition = torch.where(drop, null, condition)  # type: ignore[arg-type]
+            condition = either(drop, self.student.null(condition), condition)
         loss = denoising_loss(self.student, x0, sigma, torch.randn_like(x0), condition).mean()
         self.watch(loss)
         self.log("loss/denoising", loss, prog_bar=True)
         return loss
+
+
+def either(which: Tensor, one: Condition, other: Condition) -> Condition:
+    """The condition ``one`` of the samples where ``which`` (B,) is true, else the ``other``."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {
+            name: torch.where(like(which, one[name]).bool(), one[name], other[name]) for name in one
+        }
+    assert isinstance(one, Tensor) and isinstance(other, Tensor)
+    return torch.where(which, one, other)

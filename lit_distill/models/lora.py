@@ -22,6 +22,14 @@ from torch import Tensor, nn
 
 from lit_distill.diffusion import Condition, Denoiser, NetworkDenoiser
 
+_OF_THE_BACKBONE = (
+    "image_shape",
+    "num_classes",
+    "null_label",
+    "inputs",
+    "codec",
+    "feature_layers",
+)
 _SLOT = "default"  # peft's name of the one adapter whose tensors change places
 _BASE = "base_model.model."  # peft's prefix of an adapter's tensors in files
 
@@ -78,7 +86,7 @@ class AdaptedNetwork(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """What a denoiser asks of its network is the backbone's, such as its image's shape."""
-        if name in ("image_shape", "num_classes", "null_label", "inputs", "feature_layers"):
+        if name in _OF_THE_BACKBONE:
             return getattr(self.backbone, name)
         return super().__getattr__(name)
 

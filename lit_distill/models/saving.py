@@ -23,6 +23,7 @@ from diffusers import (
     DiffusionPipeline,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
     UNet2DModel,
 )
 
@@ -37,6 +38,7 @@ from lit_distill.diffusion import (
 )
 from lit_distill.models.few_step_pipeline import FewStepPipeline
 from lit_distill.models.lora import merged
+from lit_distill.models.text_to_image import TextUNet
 
 SIDECAR = "lit_distill.json"
 FORMAT = 1
@@ -57,7 +59,7 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
     ``DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)``.
 
     Args:
-        denoiser: A network's denoiser with a :class:`UNet`.
+        denoiser: A network's denoiser with a :class:`UNet` or a :class:`TextUNet`.
         folder: Where to; what is there is replaced once the new folder is complete.
 
     Raises:
@@ -131,6 +133,8 @@ def _add_code(folder: Path) -> None:
 def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
     """The pipeline that samples this denoiser: a stock one where there is one."""
     network = getattr(denoiser, "network", None)
+    if isinstance(network, TextUNet):
+        return _text_pipeline(denoiser, network)
     unet = getattr(network, "unet", None)
     if not isinstance(unet, UNet2DModel):
         raise ValueError(
@@ -153,6 +157,29 @@ def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
         few_steps=sampling,
         num_classes=denoiser.num_classes,
         null_label=denoiser.null_label,
+    )
+
+
+def _text_pipeline(denoiser: Denoiser, network: TextUNet) -> DiffusionPipeline:
+    """An ordinary text-to-image pipeline."""
+    _, scheduler = _stock(denoiser)
+    if not _stock_samples_alike(denoiser):
+        raise ValueError(
+            f"There is no stock text-to-image pipeline that samples this {type(denoiser).__name__} "
+            "as it was trained."
+        )
+    if isinstance(scheduler, DDIMScheduler):  # the pipeline asks for it; trailing times ignore it
+        scheduler.register_to_config(steps_offset=1)
+    codec = network.codec
+    return StableDiffusionPipeline(
+        vae=codec.vae,
+        text_encoder=codec.text_encoder,
+        tokenizer=codec.tokenizer,
+        unet=network.unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
