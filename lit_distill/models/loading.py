@@ -25,6 +25,7 @@ from lit_distill.diffusion import (
     EpsilonDenoiser,
     FewSteps,
     FlowDenoiser,
+    LatentConsistencyDenoiser,
     NetworkDenoiser,
     VelocityDenoiser,
 )
@@ -35,7 +36,14 @@ from lit_distill.models.text_to_image import LatentCodec, TextUNet
 
 _CLASSES: dict[str, type[NetworkDenoiser]] = {
     cls.__name__: cls
-    for cls in (EDMDenoiser, EpsilonDenoiser, VelocityDenoiser, FlowDenoiser, ConsistencyDenoiser)
+    for cls in (
+        EDMDenoiser,
+        EpsilonDenoiser,
+        VelocityDenoiser,
+        FlowDenoiser,
+        ConsistencyDenoiser,
+        LatentConsistencyDenoiser,
+    )
 }
 _TABLE_CLASSES = {"epsilon": EpsilonDenoiser, "v_prediction": VelocityDenoiser}
 
@@ -108,8 +116,8 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
         if "text_encoder" in _read_json(index / "model_index.json"):
             wanted += ["vae/*", "text_encoder/*", "tokenizer/*"]
             left_out += ["*.bin", "*.msgpack"]
-        patterns = {"allow_patterns": wanted + old_layout, "ignore_patterns": left_out}
-        return Path(snapshot_download(name, **patterns))
+        wanted += old_layout
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=left_out))
     except Exception as error:  # the client raises errors of many kinds without a common base
         raise FileNotFoundError(
             f"There is no local folder {name}, and it could not be fetched from the hub "
@@ -299,6 +307,16 @@ def _from_scheduler(network: UNet | TextUNet, folder: Path) -> NetworkDenoiser:
             f"The scheduler in {folder} says prediction_type={prediction!r}; "
             f"{', '.join(_TABLE_CLASSES)} are known."
         )
+    if name == "LCMScheduler":
+        student = LatentConsistencyDenoiser(
+            network,
+            betas=scheduler.betas,
+            prediction=prediction,
+            grid_steps=config.original_inference_steps,
+            time_scaling=config.timestep_scaling,
+        )
+        student.few_steps = FewSteps(trained=(4, 1, 2, 8), gamma=1.0)
+        return student
     return _TABLE_CLASSES[prediction](network, betas=scheduler.betas)
 
 

@@ -153,7 +153,8 @@ def merged(denoiser: Denoiser) -> Denoiser:
 def save_adapter(denoiser: Denoiser, folder: str | Path) -> None:
     """Write a model's adapter in peft's format, whole or not at all.
 
-    ``peft.PeftModel.from_pretrained(unet, folder)`` puts it on the teacher's ``unet``.
+    ``peft.PeftModel.from_pretrained(unet, folder)`` puts it on the teacher's ``unet``. That of a
+    text-to-image model is loaded by ``pipe.load_lora_weights(folder)`` too.
 
     Args:
         denoiser: A model with an adapter.
@@ -185,11 +186,24 @@ def save_adapter(denoiser: Denoiser, folder: str | Path) -> None:
             target_modules=sorted(layers),
         )
         config.save_pretrained(str(draft))
+        if network.codec is not None:
+            _save_for_pipelines(state, config, draft)
         draft.chmod(0o755)
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _save_for_pipelines(state: dict[str, Tensor], config: Any, folder: Path) -> None:
+    """Write the file that ``pipe.load_lora_weights(folder)`` of a text-to-image pipeline reads."""
+    from diffusers import StableDiffusionPipeline
+
+    layers = {name.removeprefix(_BASE): tensor for name, tensor in state.items()}
+    facts = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=facts
+    )
 
 
 def _prepare(network: nn.Module, lora: LoRA) -> None:

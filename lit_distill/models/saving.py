@@ -23,6 +23,7 @@ from diffusers import (
     DiffusionPipeline,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     StableDiffusionPipeline,
     UNet2DModel,
 )
@@ -34,6 +35,7 @@ from lit_distill.diffusion import (
     EpsilonDenoiser,
     FewSteps,
     FlowDenoiser,
+    LatentConsistencyDenoiser,
     VelocityDenoiser,
 )
 from lit_distill.models.few_step_pipeline import FewStepPipeline
@@ -162,8 +164,11 @@ def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
 
 def _text_pipeline(denoiser: Denoiser, network: TextUNet) -> DiffusionPipeline:
     """An ordinary text-to-image pipeline."""
-    _, scheduler = _stock(denoiser)
-    if not _stock_samples_alike(denoiser):
+    if isinstance(denoiser, LatentConsistencyDenoiser):
+        scheduler, alike = _lcm_scheduler(denoiser), denoiser.few_steps is not None
+    else:
+        (_, scheduler), alike = _stock(denoiser), _stock_samples_alike(denoiser)
+    if not alike:
         raise ValueError(
             f"There is no stock text-to-image pipeline that samples this {type(denoiser).__name__} "
             "as it was trained."
@@ -254,6 +259,18 @@ def _consistency_scheduler(denoiser: EDMDenoiser) -> CMStochasticIterativeSchedu
 
 def _edm_scheduler(denoiser: EDMDenoiser) -> EDMEulerScheduler:
     return EDMEulerScheduler(denoiser.sigma_min, denoiser.sigma_max, denoiser.sigma_data)
+
+
+def _lcm_scheduler(denoiser: LatentConsistencyDenoiser) -> LCMScheduler:
+    return LCMScheduler(
+        num_train_timesteps=len(denoiser.betas),
+        trained_betas=denoiser.betas.tolist(),
+        prediction_type=denoiser.prediction,
+        original_inference_steps=denoiser.grid_steps,
+        timestep_scaling=denoiser.time_scaling,
+        steps_offset=1,  # the pipeline asks for it; these times ignore it
+        clip_sample=False,
+    )
 
 
 def _ddim_scheduler(denoiser: EpsilonDenoiser | VelocityDenoiser) -> DDIMScheduler:
