@@ -21,6 +21,7 @@ from lit_distill.diffusion import (
     drawn_noise,
     sample,
     seeded_generators,
+    told,
 )
 from lit_distill.metrics.cost import Sampler, measure_cost
 from lit_distill.metrics.evaluation import ImageSet, describe, measure
@@ -42,17 +43,15 @@ class _Model:
 
     def sampler(self) -> Callable[[Tensor, Condition, Any], Tensor]:
         """Noise, condition and generators to images in about [-1, 1]."""
-        model, told = (
-            self.denoiser,
-            self.guidance is not None and "guidance" in self.denoiser.inputs,
-        )
-        if self.guidance not in (None, 1) and not told:
-            model = GuidedDenoiser(model, self.guidance)  # type: ignore[arg-type]
+        model, scale = self.denoiser, self.guidance
+        is_told = "guidance" in model.inputs
+        if scale is not None and scale != 1 and not is_told:
+            model = GuidedDenoiser(model, scale)
 
         def run(noise: Tensor, condition: Condition, generator: Any = None) -> Tensor:
-            if told and isinstance(condition, dict):
-                scale = torch.full((len(noise),), self.guidance, device=noise.device)
-                condition = {**condition, "guidance": scale}
+            if scale is not None and is_told:
+                scales = torch.full((len(noise),), scale, device=noise.device)
+                condition = told(self.denoiser, condition, guidance=scales)
             x = sample(
                 model,
                 noise,

@@ -269,7 +269,8 @@ class LatentConsistencyDenoiser(_TableDenoiser):
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`."""
-        if "guidance" in self.inputs and "guidance" not in (condition or {}):
+        is_told = isinstance(condition, dict) and "guidance" in condition
+        if not is_told:
             condition = told(self, condition, guidance=torch.full_like(sigma, self.guidance))
         alpha = like((1 + wide(sigma) ** 2).rsqrt(), x)
         out = self.predict(alpha * x, sigma, condition)

@@ -150,7 +150,7 @@ def _check(low: float, high: float, lora: LoRA | None, student: object) -> None:
     if low == high and lora is None:
         raise ValueError(
             f"guidance={(low, high)} has no width, and the student is told the scale, which it "
-            "could not learn from one: give a range such as (6, 16), or train adapters (option lora)."
+            "could not learn from one: give a range such as (6, 16), or train adapters (lora)."
         )
     if lora is not None and student is not None:
         raise ValueError("lora trains adapters on the teacher's network: leave student out.")
@@ -160,8 +160,8 @@ def _table(denoiser: Denoiser) -> EpsilonDenoiser | VelocityDenoiser:
     """The same model, known to predict noise or v at the times of a table."""
     if not isinstance(denoiser, EpsilonDenoiser | VelocityDenoiser):
         raise ValueError(
-            "Latent consistency distillation needs a teacher that predicts noise or v at the times of "
-            f"a table, and this one is a {type(denoiser).__name__}: give a Stable Diffusion "
+            "Latent consistency distillation needs a teacher that predicts noise or v at the times "
+            f"of a table, and this one is a {type(denoiser).__name__}: give a Stable Diffusion "
             "folder, or a model trained as an EpsilonDenoiser or VelocityDenoiser."
         )
     return denoiser

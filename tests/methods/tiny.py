@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_distill.datamodules import DigitsDataModule
-from lit_distill.diffusion import EDMDenoiser, FlowDenoiser, seeded_noise
+from lit_distill.diffusion import EDMDenoiser, EpsilonDenoiser, FlowDenoiser, seeded_noise
 from lit_distill.methods import (
     DMD,
     DMD2,
@@ -31,6 +31,7 @@ from lit_distill.methods import (
     DistillationModule,
     FlowDistillation,
     KnowledgeDistillation,
+    LatentConsistencyDistillation,
     MeanFlow,
     MultiBoundaryConsistencyDistillation,
     ProgressiveDistillation,
@@ -61,6 +62,11 @@ def denoiser(seed: int = 0, **network: Any) -> EDMDenoiser:
 def flow(seed: int = 0, **network: Any) -> FlowDenoiser:
     """The same network, taken for a flow's."""
     return FlowDenoiser(denoiser(seed, **network).network)
+
+
+def epsilon(seed: int = 0, **network: Any) -> EpsilonDenoiser:
+    """The same network, taken for a DDPM's."""
+    return EpsilonDenoiser(denoiser(seed, **network).network)
 
 
 class Digits(DigitsDataModule):
@@ -101,12 +107,16 @@ ALTERNATING = "ddp_find_unused_parameters_true"
 JUDGED = {"adversarial_weight": 1.0, "discriminator_weight": 1.0}
 DMD2_MORE = {**JUDGED, "features": "teacher", "adversarial_loss": "hinge", "r1_weight": 1.0}
 ADD = {"distillation_weight": 1.0, "steps": 2, "adversarial_loss": "softplus"}
-FLOW_YAML = {
-    "class_path": "lit_distill.diffusion.FlowDenoiser",
-    "init_args": {"network": {"class_path": "lit_distill.models.UNet", "init_args": NETWORK}},
+NETWORK_YAML = {"network": {"class_path": "lit_distill.models.UNet", "init_args": NETWORK}}
+FLOW_YAML = {"class_path": "lit_distill.diffusion.FlowDenoiser", "init_args": NETWORK_YAML}
+EPSILON_YAML = {"class_path": "lit_distill.diffusion.EpsilonDenoiser", "init_args": NETWORK_YAML}
+
+
+START: dict[type[DistillationModule], Callable[[], Any]] = {
+    RectifiedFlow: flow,
+    FlowDistillation: flow,
+    LatentConsistencyDistillation: epsilon,
 }
-
-
 WITHOUT_DISTANCE = (ProgressiveDistillation, RectifiedFlow, Reflow, MeanFlow)
 
 
@@ -115,7 +125,7 @@ def module(kind: type[DistillationModule], **options: Any) -> DistillationModule
     plain = {"distance": "l2"} if kind not in WITHOUT_DISTANCE else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)  # what a student takes beside its teacher's weights starts at random
-        start = flow() if kind in (RectifiedFlow, FlowDistillation) else denoiser()
+        start = START.get(kind, denoiser)()
         return kind(start, **{**plain, "optimizer": adam, **options})
 
 
@@ -197,6 +207,8 @@ def _yaml(folder: Path, kind: type[DistillationModule], **options: Any) -> dict[
         options = {**options, "denoiser": FLOW_YAML}
     if kind is FlowDistillation:
         options = {**options, "student": FLOW_YAML}
+    if kind is LatentConsistencyDistillation:
+        options = {**options, "teacher": EPSILON_YAML}
     arguments = {start: str(folder), **plain, **training, **options}
     return {"class_path": f"lit_distill.methods.{kind.__name__}", "init_args": arguments}
 
@@ -234,6 +246,11 @@ METHODS = {
     "cd_ema": _row(ConsistencyDistillation, {**CD, "target": "ema"}, follows=("average",)),
     "ct": _row(ConsistencyTraining, {"stage_updates": 3}),
     "multi_boundary": _row(MultiBoundaryConsistencyDistillation, {**CD, "boundaries": 2}),
+    "lcm": _row(LatentConsistencyDistillation, {"target": "ema"}, follows=("average",)),
+    "lcm_lora": Row(
+        partial(module, LatentConsistencyDistillation, lora=LoRA(rank=2)),
+        partial(_yaml, kind=LatentConsistencyDistillation, lora={"rank": 2}),
+    ),
     "ctm": _row(ConsistencyTrajectory, CTM, follows=("average",)),
     "rectified_flow": _row(RectifiedFlow),
     "reflow": _row(Reflow, on_pairs=True),
