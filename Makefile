@@ -14,11 +14,12 @@ RUNS ?= runs/digits
 SEED ?= 0
 LIT := $(BIN)/lit-distill
 
-.PHONY: help demo methods test test-full lint clean
+.PHONY: help demo demo-text methods test test-full lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train a teacher on digits, distill it to one step, measure, draw ($(RUNS))"
+	@echo "make demo-text  a small text-to-image model of digits, distilled by LCM-LoRA ($(TEXT))"
 	@echo "make methods    every other method on the same teacher, one table of all ($(RUNS))"
 	@echo "make test       the tests of every day"
 	@echo "make test-full  and the long bars"
@@ -50,6 +51,36 @@ demo: $(METRICS)
 	@echo "Student:      $(STUDENT) (opens in stock diffusers, see README.md)"
 	@echo "More images:  $(LIT) sample $(STUDENT) --num-images 100 --out digits.png"
 	@echo "TensorBoard:  $(BIN)/tensorboard --logdir $(RUNS)"
+
+# Text to image: a small Stable Diffusion of digits, and its few-step student.
+TEXT ?= runs/captions
+TEXT_FIT = $(LIT) fit --config configs/captions/$(1).yaml --seed_everything $(SEED) --ckpt_path last \
+	--trainer.default_root_dir $(TEXT)/$(1)
+TEXT_STUDENT = --model.init_args.teacher $(TEXT)/teacher/pipeline --data.init_args.cache $(TEXT)/latents
+TEXT_METRICS := $(TEXT)/lcm_lora/metrics.json
+
+demo-text: $(TEXT_METRICS)
+	@$(BIN)/python -c "import json; from lit_distill.callbacks.report import format_table; \
+		print(format_table(json.load(open('$(TEXT_METRICS)')), 'digits'))"
+	@echo
+	@echo "Picture:      $(TEXT)/lcm_lora/comparison.png"
+	@echo "Numbers:      $(TEXT_METRICS)"
+	@echo "Student:      $(TEXT)/lcm_lora/pipeline (StableDiffusionPipeline), adapter/ (load_lora_weights)"
+	@echo "More images:  $(LIT) sample $(TEXT)/lcm_lora/pipeline --prompts \"a handwritten seven\" --out seven.png"
+
+$(TEXT)/autoencoder/pipeline/model_index.json: | $(STAMP)
+	$(call TEXT_FIT,autoencoder)
+
+$(TEXT)/teacher/pipeline/model_index.json: | $(TEXT)/autoencoder/pipeline/model_index.json
+	$(call TEXT_FIT,teacher) --model.init_args.denoiser $(TEXT)/autoencoder/pipeline \
+		--data.init_args.cache $(TEXT)/latents
+
+$(TEXT)/%/pipeline/model_index.json: | $(TEXT)/teacher/pipeline/model_index.json
+	$(call TEXT_FIT,$*) $(TEXT_STUDENT)
+
+.PRECIOUS: $(TEXT)/%/pipeline/model_index.json
+$(TEXT)/%/metrics.json: | $(TEXT)/%/pipeline/model_index.json
+	$(LIT) test --config configs/captions/$*.yaml --trainer.default_root_dir $(TEXT)/$* $(TEXT_STUDENT)
 
 # Every method on the demo's teacher. One alone: make runs/digits/cd/pipeline/model_index.json
 METHODS := kd kd_online pd td sfd sfd_stored sfd_cheap sfd_v sfd_stage2 cd multi_boundary ct ct_scratch ctm

@@ -23,10 +23,17 @@ from lit_distill.methods.base import (
     DistillationModule,
     as_denoiser,
     condition_of,
+    network_of,
     noised,
     student_of,
 )
-from lit_distill.methods.consistency import Target, random_state, same_randomness, target_of
+from lit_distill.methods.consistency import (
+    Target,
+    random_state,
+    same_randomness,
+    target_of,
+    with_scalings,
+)
 from lit_distill.models import LoRA, adapted, add_inputs
 
 
@@ -62,6 +69,7 @@ class LatentConsistencyDistillation(DistillationModule):
         target_decay: Decay of that average.
         lora: Train low-rank adapters on the teacher's network instead of a network of its own.
         student: What the student starts from, where that is not the teacher; not with ``lora``.
+        steps: Steps of a sampling run where none are asked for.
         base: Arguments of :class:`DistillationModule`.
 
     Raises:
@@ -78,17 +86,20 @@ class LatentConsistencyDistillation(DistillationModule):
         target_decay: float = 0.95,
         lora: LoRA | None = None,
         student: str | Denoiser | None = None,
+        steps: int = 4,
         **base: Any,
     ) -> None:
         low, high = guidance
         _check(low, high, lora, student)
         frozen = as_denoiser(teacher)
-        start = student_of(frozen, student) if lora is None else adapted(_table(frozen), lora)
-        generator = _with_scalings(start, grid_steps, (low + high) / 2)
+        start = student_of(frozen, student) if lora is None else adapted(network_of(frozen), lora)
+        _check_table(start)
+        generator = with_scalings(start, grid_steps, (low + high) / 2)
         if lora is None:
             add_inputs(generator, ("guidance",))
+        assert isinstance(generator, LatentConsistencyDenoiser)
         generator.few_steps = FewSteps(trained=(4, 1, 2, 8), gamma=1.0)
-        super().__init__(generator, frozen, **{"steps": 4, **base})
+        super().__init__(generator, frozen, steps=steps, **base)
         self.save_hyperparameters(logger=False)
         self.guidance, self.skip = (low, high), len(generator.table) // grid_steps
         self.distance = Huber() if distance is None else as_distance(distance)
@@ -156,29 +167,11 @@ def _check(low: float, high: float, lora: LoRA | None, student: object) -> None:
         raise ValueError("lora trains adapters on the teacher's network: leave student out.")
 
 
-def _table(denoiser: Denoiser) -> EpsilonDenoiser | VelocityDenoiser:
-    """The same model, known to predict noise or v at the times of a table."""
-    if not isinstance(denoiser, EpsilonDenoiser | VelocityDenoiser):
+def _check_table(denoiser: Denoiser) -> None:
+    """Raise a ``ValueError`` unless the model predicts noise or v at the times of a table."""
+    if not isinstance(denoiser, EpsilonDenoiser | VelocityDenoiser | LatentConsistencyDenoiser):
         raise ValueError(
             "Latent consistency distillation needs a teacher that predicts noise or v at the times "
             f"of a table, and this one is a {type(denoiser).__name__}: give a Stable Diffusion "
             "folder, or a model trained as an EpsilonDenoiser or VelocityDenoiser."
         )
-    return denoiser
-
-
-def _with_scalings(
-    denoiser: Denoiser, grid_steps: int, guidance: float
-) -> LatentConsistencyDenoiser:
-    """The same network with the scalings of latent consistency models."""
-    if isinstance(denoiser, LatentConsistencyDenoiser):  # to go on with
-        return denoiser
-    model = _table(denoiser)
-    return LatentConsistencyDenoiser(
-        model.network,
-        betas=model.betas,
-        prediction="epsilon" if isinstance(model, EpsilonDenoiser) else "v_prediction",
-        grid_steps=grid_steps,
-        guidance=guidance,
-        discrete=model.discrete,
-    )

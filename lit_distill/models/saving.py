@@ -146,6 +146,15 @@ def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
     stock, scheduler = _stock(denoiser)
     if _stock_samples_alike(denoiser):
         return stock(unet, scheduler)
+    return _few_step_pipeline(
+        denoiser, unet, scheduler, conditions=getattr(network, "conditions", None)
+    )
+
+
+def _few_step_pipeline(
+    denoiser: Denoiser, unet: Any, scheduler: Any, **components: Any
+) -> FewStepPipeline:
+    """The pipeline that brings its own code."""
     few = denoiser.few_steps
     # What is no student takes any number of steps.
     sampling = asdict(FewSteps((1,))) | {"trained": ()} if few is None else asdict(few)
@@ -153,7 +162,7 @@ def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
     return FewStepPipeline(
         unet,
         scheduler,
-        getattr(network, "conditions", None),
+        **components,
         denoiser=type(denoiser).__name__,
         settings=settings,
         few_steps=sampling,
@@ -165,21 +174,21 @@ def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
 def _text_pipeline(denoiser: Denoiser, network: TextUNet) -> DiffusionPipeline:
     """An ordinary text-to-image pipeline."""
     if isinstance(denoiser, LatentConsistencyDenoiser):
-        scheduler, alike = _lcm_scheduler(denoiser), denoiser.few_steps is not None
+        scheduler, alike = _lcm_scheduler(denoiser), _as_lcm(denoiser)
     else:
         (_, scheduler), alike = _stock(denoiser), _stock_samples_alike(denoiser)
+    codec = network.codec
+    frozen = {
+        "vae": codec.vae,
+        "text_encoder": codec.text_encoder,
+        "tokenizer": codec.tokenizer,
+    }
     if not alike:
-        raise ValueError(
-            f"There is no stock text-to-image pipeline that samples this {type(denoiser).__name__} "
-            "as it was trained."
-        )
+        return _few_step_pipeline(denoiser, network.unet, scheduler, **frozen)
     if isinstance(scheduler, DDIMScheduler):  # the pipeline asks for it; trailing times ignore it
         scheduler.register_to_config(steps_offset=1)
-    codec = network.codec
     return StableDiffusionPipeline(
-        vae=codec.vae,
-        text_encoder=codec.text_encoder,
-        tokenizer=codec.tokenizer,
+        **frozen,
         unet=network.unet,
         scheduler=scheduler,
         safety_checker=None,
@@ -259,6 +268,13 @@ def _consistency_scheduler(denoiser: EDMDenoiser) -> CMStochasticIterativeSchedu
 
 def _edm_scheduler(denoiser: EDMDenoiser) -> EDMEulerScheduler:
     return EDMEulerScheduler(denoiser.sigma_min, denoiser.sigma_max, denoiser.sigma_data)
+
+
+def _as_lcm(denoiser: LatentConsistencyDenoiser) -> bool:
+    """Whether a student jumps to the end and back up, at the times of diffusers' scheduler."""
+    few = denoiser.few_steps
+    again = few is not None and (few.gamma == 1 or few.trained == (1,))
+    return again and few is not None and all(_own_grid(denoiser, n) for n in few.trained)
 
 
 def _lcm_scheduler(denoiser: LatentConsistencyDenoiser) -> LCMScheduler:

@@ -224,7 +224,7 @@ def test_a_network_for_inpainting_is_refused(folder, tmp_path):
     file = tmp_path / "other" / "unet" / "config.json"
     config = {**json.loads(file.read_text()), "in_channels": 9}  # as for inpainting
     text_pipeline().unet.from_config(config).save_pretrained(file.parent)
-    with pytest.raises(ValueError, match="9 channels of input .* not for inpainting"):
+    with pytest.raises(ValueError, match=r"9 channels of input .* not for inpainting"):
         load_denoiser(tmp_path / "other")
 
 
