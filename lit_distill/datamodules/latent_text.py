@@ -306,8 +306,9 @@ class LatentTextDataModule(ImageDataModule):
                 )
 
     def val_dataloader(self) -> FixedLoader:
-        """One batch of nothing: samples are judged by a callback."""
-        return FixedLoader(lambda indices: {"index": indices}, [torch.arange(1)])
+        """The first training batch, for what needs one: samples are judged by a callback."""
+        count = min(self.batch_size, len(self.source.captions))
+        return FixedLoader(self._gather_items, [torch.arange(count)])
 
     test_dataloader = val_dataloader
 

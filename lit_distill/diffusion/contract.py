@@ -234,6 +234,15 @@ class Denoiser(nn.Module):
         null = torch.full_like(labels, self.null_label)
         return {**condition, "label": null} if isinstance(condition, dict) else null
 
+    def some_condition(self, count: int, device: torch.device) -> Condition:
+        """A condition for ``count`` samples where it does not matter which."""
+        if self.codec is not None:
+            prompts = self.codec.condition([""] * count)
+            return {name: tensor.to(device) for name, tensor in prompts.items()}
+        if self.num_classes is None:
+            return None
+        return torch.zeros(count, dtype=torch.long, device=device)
+
     def decode(self, x: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` in about [-1, 1] of samples: latents by the VAE, else ``x``."""
         return x if self.codec is None else self.codec.decode(x)

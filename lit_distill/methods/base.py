@@ -190,8 +190,7 @@ class DistillationModule(LightningModule):
         with EvaluationCounter(self.network) as counter:
             shape = self.network.image_shape or ()
             zeros = torch.zeros((1, *shape), device=self.device)
-            label = torch.zeros(1, dtype=torch.long, device=self.device)
-            self.generate(zeros, None if self.network.num_classes is None else label)
+            self.generate(zeros, self.network.some_condition(1, self.device))
         return {
             "teacher": self.network.fingerprint(),
             "solver": self.solver or "heun" if few is None else self.solver or "few_step",

@@ -277,7 +277,9 @@ class FewStepPipeline(DiffusionPipeline):
         if isinstance(prompt, list):
             batch_size = len(prompt)
         prompts = self._prompts(prompt, batch_size, guidance_scale)
-        labels = self._labels(class_labels, batch_size, guidance_scale)
+        asked: Any = prompts
+        if prompts is None:
+            asked = self._labels(class_labels, batch_size, guidance_scale)
         steps = self._steps(num_inference_steps)
         levels = self._levels(model, steps)
         # The state stays in float32, whatever the network's precision.
@@ -293,7 +295,6 @@ class FewStepPipeline(DiffusionPipeline):
                 if i == 0 and few["analytical_first_step"]:
                     x0 = x - sigma * (1 + sigma**2) ** -0.5 * x
                 else:
-                    asked = labels if prompts is None else prompts
                     x0 = self._denoise(model, x, sigma, lower, steps, asked, guidance_scale)
                 x = x0 + lower / sigma * (x - x0)
                 missing = to_sigma**2 - lower**2 - model.floor**2

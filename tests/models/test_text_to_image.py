@@ -24,7 +24,11 @@ from lit_distill.diffusion import (
     sample,
     seeded_generators,
 )
-from lit_distill.methods import LatentConsistencyDistillation
+from lit_distill.methods import (
+    SFD,
+    LatentConsistencyDistillation,
+    MultiBoundaryConsistencyDistillation,
+)
 from lit_distill.models import (
     LatentCodec,
     LoRA,
@@ -69,6 +73,11 @@ def exports(folder, tmp_path_factory):
     one_step = load_denoiser(folder)
     one_step.few_steps = FewSteps((1,))
     save_denoiser(shaken(one_step), root / "one_step")
+    save_denoiser(shaken(SFD(folder, steps=2, teacher_substeps=1).student), root / "sfd")
+    boundaries = MultiBoundaryConsistencyDistillation(
+        folder, boundaries=2, num_nodes=6, distance="l2"
+    )
+    save_denoiser(shaken(boundaries.student), root / "multi_boundary")
     return root
 
 
@@ -91,6 +100,9 @@ def stock(folder, exports, tmp_path_factory):
         "adapter_4": job(folder, 4, 1.0, **adapter),
         "one_step": job(exports / "one_step", 1, 1.0),
     }
+    for name, scale in (("sfd", 3.0), ("multi_boundary", 1.0)):
+        own = {"custom_pipeline": str(exports / name), "trust_remote_code": True}
+        jobs[name] = job(exports / name, 2, scale, loading=own)
     return images_of(jobs, tmp_path_factory.mktemp("stock"))
 
 
@@ -120,6 +132,8 @@ def ours(denoiser, steps, scale=1.0, solver=None):
         ("adapter_1", "merged", 1, 1.0, None),
         ("adapter_4", "merged", 4, 1.0, None),
         ("one_step", "one_step", 1, 1.0, None),
+        ("sfd", "sfd", 2, 3.0, None),
+        ("multi_boundary", "multi_boundary", 2, 1.0, None),
     ],
 )
 def test_stock_diffusers_makes_the_same_pixels(
@@ -127,7 +141,9 @@ def test_stock_diffusers_makes_the_same_pixels(
 ):
     denoiser = load_denoiser(folder if source is None else exports / source)
     found, images = ours(denoiser, steps, scale, solver), torch.from_numpy(stock[name])
-    assert str(stock[f"{name}/pipeline"]) == "StableDiffusionPipeline"
+    own = name in ("sfd", "multi_boundary")
+    pipeline = "FewStepPipeline" if own else "StableDiffusionPipeline"
+    assert str(stock[f"{name}/pipeline"]) == pipeline
     assert f"{name}/warning" not in stock
     assert float((images[0] - images[1]).abs().mean()) > 1e-3
     assert float((found - images).abs().max()) < 1e-4

@@ -1,0 +1,73 @@
+"""The methods that are not made for latents in particular, on latents and prompts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from small_text import text_folder
+from tiny import adam, trainer
+
+from lit_distill.datamodules import CaptionedDigits, LatentTextDataModule
+from lit_distill.methods import (
+    DMD,
+    DMD2,
+    SFD,
+    DiffusionTeacher,
+    KnowledgeDistillation,
+    MultiBoundaryConsistencyDistillation,
+    RectifiedFlow,
+)
+from lit_distill.methods.rectified_flow import as_flow
+from lit_distill.models import LoRA, load_denoiser, save_denoiser
+
+ROWS = {
+    "teacher": lambda f, **o: DiffusionTeacher(f, label_dropout=0.5, **o),
+    "flow": lambda f, **o: RectifiedFlow(as_flow(load_denoiser(f)), **o),
+    "dmd": lambda f, **o: DMD(f, regression_weight=0.0, guidance=3.0, **o),
+    "dmd_lora": lambda f, **o: DMD(
+        f, regression_weight=0.0, guidance=3.0, lora=LoRA(rank=2, target_modules=["to_q"]), **o
+    ),
+    "dmd2": lambda f, **o: DMD2(f, guidance=3.0, **o),
+    "kd": lambda f, **o: KnowledgeDistillation(
+        f, distance="l2", online=True, teacher_steps=2, teacher_solver="ddim", **o
+    ),
+    "sfd": lambda f, **o: SFD(f, steps=2, teacher_substeps=1, **o),
+    "multi_boundary": lambda f, **o: MultiBoundaryConsistencyDistillation(
+        f, boundaries=2, num_nodes=6, distance="l2", guidance=3.0, **o
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return text_folder(tmp_path_factory.mktemp("text") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def data(folder, tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return LatentTextDataModule(CaptionedDigits(), folder, cache, batch_size=4)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_method_trains_on_prompts_and_its_student_is_exported(name, folder, data, tmp_path):
+    module = ROWS[name](folder, optimizer=adam)
+    before = [p.detach().clone() for p in module.student.parameters()]
+    trainer(tmp_path, max_steps=2).fit(module, data)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, module.student.parameters(), strict=True)
+    )
+    module.eval()
+    codec = module.network.codec
+    noise, condition = torch.randn(2, 4, 4, 4), codec.condition(["one", "a handwritten two"])
+    steps = 2 if name in ("sfd", "multi_boundary", "teacher", "flow") else 1
+    latents = module.generate(noise, condition, steps)
+    assert codec.decode(latents).shape == (2, 1, 16, 16)
+    assert not torch.equal(latents, module.generate(noise, codec.condition(["zero"] * 2), steps))
+    save_denoiser(module.network, tmp_path / "pipeline")
+    again = load_denoiser(tmp_path / "pipeline")
+    module.ema.module = again  # as another module would sample it
+    torch.testing.assert_close(module.generate(noise, condition, steps), latents)
