@@ -143,6 +143,11 @@ class LatentTextDataModule(ImageDataModule):
         self._manifest: LatentManifest | None = None
         self._shards: dict[str, list[dict[str, Tensor]]] = {}
 
+    @property
+    def has_images(self) -> bool:
+        """Whether there is more than captions."""
+        return self.source.has_images
+
     # --- The cache ------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:

@@ -202,6 +202,11 @@ class DistillationModule(LightningModule):
             "deterministic": few is None or few.gamma == 0 or self.solver is not None,
         }
 
+    @property
+    def data_free(self) -> bool:
+        """Whether training looks at a batch's conditions and the shape of its images only."""
+        return False
+
     def milestone(self) -> str | None:
         """Name of a folder that the averaged weights of this moment are exported to, if any.
 
@@ -245,6 +250,12 @@ class DistillationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the data against the teacher, and prepare the networks for speed."""
         data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and not self.data_free and not getattr(data, "has_images", True):
+            raise ValueError(
+                f"{type(self).__name__} learns from images, and {data} has captions only: give "
+                "data with images, or a method that needs none (SFD, KnowledgeDistillation with online, "
+                "DMD with regression_weight 0, DMD2 without its discriminator)."
+            )
         if stage == "fit" and hasattr(data, "check_teacher"):
             if self.teacher is None:
                 data.check_model(self.student)

@@ -246,6 +246,11 @@ class SFD(AlternatingDistillationModule):
         nodes = self.teacher_nodes(batch["noise"], grid, condition_of(batch)).float()
         return {**batch, "trajectory": nodes, "image": nodes[:, -1]}
 
+    @property
+    def data_free(self) -> bool:
+        """The teacher makes the targets."""
+        return True
+
     def trained_modules(self) -> list[Trained]:
         """The student."""
         return [Trained("student", self.student, self.optimizer, self.lr_scheduler, self.clip)]

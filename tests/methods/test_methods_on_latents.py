@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from small_text import text_folder
 from tiny import adam, trainer
 
-from lit_distill.datamodules import CaptionedDigits, LatentTextDataModule
+from lit_distill.datamodules import CaptionedDigits, CaptionedFolder, LatentTextDataModule
 from lit_distill.methods import (
     DMD,
     DMD2,
@@ -50,6 +50,29 @@ def folder(tmp_path_factory):
 def data(folder, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
     return LatentTextDataModule(CaptionedDigits(), folder, cache, batch_size=4)
+
+
+@pytest.fixture
+def captions(folder, tmp_path):
+    """Captions without images."""
+    (tmp_path / "metadata.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    source = CaptionedFolder(str(tmp_path), images=False)
+    return LatentTextDataModule(source, folder, str(tmp_path / "cache"), batch_size=2)
+
+
+@pytest.mark.parametrize("name", ["sfd", "dmd", "kd"])
+def test_captions_alone_do_where_the_teacher_makes_the_targets(name, folder, captions, tmp_path):
+    module = ROWS[name](folder, optimizer=adam)
+    trainer(tmp_path, max_steps=1).fit(module, captions)
+    assert all(p.isfinite().all() for p in module.student.parameters())
+
+
+@pytest.mark.parametrize("name", ["teacher", "dmd2", "multi_boundary"])
+def test_captions_alone_are_refused_by_methods_that_learn_from_images(
+    name, folder, captions, tmp_path
+):
+    with pytest.raises(ValueError, match=r"learns from images.*has captions only"):
+        trainer(tmp_path, max_steps=1).fit(ROWS[name](folder, optimizer=adam), captions)
 
 
 @pytest.mark.parametrize("name", ROWS)
