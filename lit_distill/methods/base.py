@@ -253,8 +253,8 @@ class DistillationModule(LightningModule):
         if stage == "fit" and not self.data_free and not getattr(data, "has_images", True):
             raise ValueError(
                 f"{type(self).__name__} learns from images, and {data} has captions only: give "
-                "data with images, or a method that needs none (SFD, KnowledgeDistillation with online, "
-                "DMD with regression_weight 0, DMD2 without its discriminator)."
+                "data with images, or a method that needs none (SFD, KnowledgeDistillation with "
+                "online, DMD with regression_weight 0, DMD2 without its discriminator)."
             )
         if stage == "fit" and hasattr(data, "check_teacher"):
             if self.teacher is None:
