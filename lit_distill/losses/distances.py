@@ -212,6 +212,7 @@ DISTANCES: dict[str, type[Distance]] = {
     "lpips": LPIPS,
     "l2": L2,
     "l1": L1,
+    "huber": Huber,
     "pseudo_huber": PseudoHuber,
 }
 """Distances by name, with their default settings."""
