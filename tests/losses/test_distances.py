@@ -89,12 +89,12 @@ def test_names_make_distances():
     assert as_distance("l2").__class__ is L2 and as_distance("pseudo_huber").c is None
     own = PseudoHuber(0.1)
     assert as_distance(own) is own
-    assert {"lpips", "l2", "l1", "pseudo_huber"} == set(DISTANCES)
+    assert {"lpips", "l2", "l1", "huber", "pseudo_huber"} == set(DISTANCES)
     assert all(issubclass(kind, Distance) for kind in DISTANCES.values())
 
 
 def test_an_unknown_name_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"distance='ssim'.*lpips, l2, l1, pseudo_huber"):
+    with pytest.raises(ValueError, match=r"distance='ssim'.*lpips, l2, l1, huber, pseudo_huber"):
         as_distance("ssim")
 
 
