@@ -128,6 +128,8 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
         dataset, text = Path(file).parent.name, (CONFIGS / file).read_text()
         for name in needed(file):
             provide(f"{dataset}/{name}")
+        if dataset == "coco":
+            more = (*more, *small_coco())
         options = (*ON_CPU, *CHEAPER.get(file, ()), *more)
         if "PairWriter" in text:
             ended = command("predict", "--config", CONFIGS / file, *options, *FEW_PAIRS)
@@ -158,6 +160,19 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
     return run_file
 
 
+def small_coco() -> tuple[object, ...]:
+    """A small text-to-image model and captioned noise in the place of Stable Diffusion and COCO."""
+    teacher = text_folder(Path("sd"), channels=3)
+    Path("coco").mkdir()
+    lines = []
+    for i in range(8):
+        Image.effect_noise((20, 16), 50).convert("RGB").save(f"coco/{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"caption {i}"}))
+    Path("coco/metadata.jsonl").write_text("\n".join(lines))
+    source = "--data.init_args.source.init_args.folder"
+    return ("--model.init_args.teacher", teacher, source, "coco")
+
+
 def small_network(option: str) -> tuple[str, ...]:
     """The network that an option holds, made smaller."""
     name = NETWORK.format(option)
@@ -171,7 +186,7 @@ def needed(file: str) -> list[str]:
     """The runs of the same data that a file reads from."""
     dataset, own = Path(file).parent.name, Path(file).stem
     found = re.findall(rf"runs/{dataset}/(\w+)", (CONFIGS / file).read_text())
-    return sorted({*found} - {own, "latents"})  # which the data module computes itself
+    return sorted({*found} - {own, "latents", "prompts"})  # which the data module computes itself
 
 
 def write_teacher(dataset: str) -> None:
@@ -196,7 +211,7 @@ def test_every_data_set_has_its_stages() -> None:
     """Each a teacher and its pairs; the digits and CIFAR10 have all methods."""
     found = {
         dataset: {Path(file).stem for file in FILES if file.startswith(dataset)}
-        for dataset in (*SHAPES, "captions")
+        for dataset in (*SHAPES, "captions", "coco")
     }
     assert sum(map(len, found.values())) == len(FILES)
     ode = {"kd", "pd", "td", "sfd", "sfd_v", "sfd_stage2", "cd", "ct", "multi_boundary", "ctm"}
@@ -205,6 +220,7 @@ def test_every_data_set_has_its_stages() -> None:
     both = {"teacher", "pairs", *ode, *flows, "dmd", "dmd2", "sid", "ladd"}
     assert found["digits"] >= both | {"trajectories", "sfd_stored", "ct_scratch"}
     assert found["cifar10"] >= both
+    assert found["coco"] == {"lcm", "lcm_lora", "multi_boundary", "dmd"}
     assert found["captions"] >= {"autoencoder", "teacher", "lcm", "lcm_lora"}
     for file in FILES:
         for name in needed(file):

@@ -32,7 +32,7 @@ from lit_distill.diffusion import (
 from lit_distill.models.condition_embedding import ConditionEmbedding
 from lit_distill.models.networks import UNet
 from lit_distill.models.saving import FORMAT, SIDECAR
-from lit_distill.models.text_to_image import LatentCodec, TextUNet
+from lit_distill.models.text_to_image import LatentCodec, TextUNet, without_bars
 
 _CLASSES: dict[str, type[NetworkDenoiser]] = {
     cls.__name__: cls
@@ -161,12 +161,13 @@ def _load_codec(folder: Path) -> LatentCodec:
             )
     vae = _load(AutoencoderKL, folder / "vae", use_safetensors=True)
     try:
-        loaded: Any = CLIPTextModel.from_pretrained(
-            folder / "text_encoder",
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with without_bars():
+            loaded: Any = CLIPTextModel.from_pretrained(
+                folder / "text_encoder",
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
         text_encoder, report = loaded
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     except (OSError, ValueError, RuntimeError, TypeError) as error:

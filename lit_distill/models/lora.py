@@ -186,7 +186,7 @@ def save_adapter(denoiser: Denoiser, folder: str | Path) -> None:
             target_modules=sorted(layers),
         )
         config.save_pretrained(str(draft))
-        if network.codec is not None:
+        if getattr(network, "codec", None) is not None:
             _save_for_pipelines(state, config, draft)
         draft.chmod(0o755)
         shutil.rmtree(target, ignore_errors=True)

@@ -40,7 +40,7 @@ from lit_distill.diffusion import (
 )
 from lit_distill.models.few_step_pipeline import FewStepPipeline
 from lit_distill.models.lora import merged
-from lit_distill.models.text_to_image import TextUNet
+from lit_distill.models.text_to_image import TextUNet, without_bars
 
 SIDECAR = "lit_distill.json"
 FORMAT = 1
@@ -83,7 +83,8 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        pipeline.save_pretrained(draft, safe_serialization=True)
+        with without_bars():
+            pipeline.save_pretrained(draft, safe_serialization=True)
         if isinstance(pipeline, FewStepPipeline):
             _add_code(draft)
         (draft / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n")

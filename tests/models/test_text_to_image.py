@@ -227,6 +227,21 @@ def test_words_are_tokens_and_others_are_spelled():
     assert len(spelled) == 7 and tokenizer.unk_token_id not in spelled[1:-1]
 
 
+def test_of_a_hub_id_only_the_safe_weights_are_fetched(folder, monkeypatch):
+    asked = []
+
+    def fetch(name, allow_patterns, ignore_patterns=()):
+        asked.append((allow_patterns, ignore_patterns))
+        return folder
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    load_denoiser("someone/model")
+    assert asked[0] == (["model_index.json"], ())
+    wanted, left_out = (set(patterns) for patterns in asked[1])
+    assert {"vae/*", "text_encoder/*", "tokenizer/*", "unet/*", "scheduler/*"} <= wanted
+    assert {"*.bin", "*.fp16.*", "*non_ema*"} <= left_out and "*" not in wanted
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "vae", "tokenizer"])
 def test_a_folder_without_a_part_is_refused(folder, part, tmp_path):
     shutil.copytree(folder, tmp_path / "broken")
