@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_distill.datamodules.base import ImageDataModule, to_signed
+from lit_distill.datamodules.base import ImageDataModule, Images, Split, to_signed
 from lit_distill.datamodules.batches import Batch, FixedLoader
 from lit_distill.datamodules.captions import CaptionedImages
 from lit_distill.datamodules.pairs_folder import (
@@ -201,6 +201,17 @@ class LatentTextDataModule(ImageDataModule):
             raise ValueError(f"The cache in {self.cache} is incomplete: call prepare_data() first.")
         for kind in ("prompts", "latents"):
             self._shards[kind] = [self._open(name) for name, _ in self._manifest.parts(kind)]
+
+    def load(self, split: Split) -> Images:
+        """Refuse to: there are no splits of images in memory.
+
+        Raises:
+            ValueError: Always; it says what evaluates a text-to-image model.
+        """
+        raise ValueError(
+            f"The captioned data {self.name!r} have no {split} images to compare samples with: use "
+            "the callback PromptEvaluation instead of Evaluation."
+        )
 
     @property
     def codec(self) -> LatentCodec:

@@ -1,10 +1,20 @@
 """Training of a teacher: denoising score matching, with any denoiser's own objective."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lit_distill.diffusion import Condition, Denoiser, SigmaDistribution, like
+from lit_distill.diffusion import (
+    Condition,
+    Denoiser,
+    Generators,
+    GuidedDenoiser,
+    SigmaDistribution,
+    like,
+    sample,
+)
 from lit_distill.losses import denoising_loss
 from lit_distill.methods.base import Batch, DistillationModule, as_denoiser, condition_of
 
@@ -32,6 +42,8 @@ class DiffusionTeacher(DistillationModule):
         solver: Solver of a sampling run.
         compile: Compile the network.
         channels_last: Keep weights in the channels-last layout.
+        guidance: Scale of classifier-free guidance of its samples, such as those of stored pairs; 1
+            = none.
 
     Raises:
         ValueError: If labels shall be dropped but the network has no null class.
@@ -49,6 +61,7 @@ class DiffusionTeacher(DistillationModule):
         solver: str = "heun",
         compile: bool = False,
         channels_last: bool = False,
+        guidance: float = 1.0,
     ) -> None:
         student = as_denoiser(denoiser)
         if label_dropout > 0 and student.null_label is None and student.codec is None:
@@ -68,7 +81,7 @@ class DiffusionTeacher(DistillationModule):
         )
         self.save_hyperparameters(logger=False)
         self.sigma_distribution = sigma_distribution or student.schedule
-        self.label_dropout = label_dropout
+        self.label_dropout, self.guidance = label_dropout, guidance
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Denoising score matching on a batch of data."""
@@ -81,6 +94,30 @@ class DiffusionTeacher(DistillationModule):
         self.watch(loss)
         self.log("loss/denoising", loss, prog_bar=True)
         return loss
+
+    @torch.no_grad()
+    def generate(
+        self,
+        noise: Tensor,
+        condition: Condition = None,
+        steps: int | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Make samples with the averaged weights, see :meth:`DistillationModule.generate`."""
+        if self.guidance == 1:
+            return super().generate(noise, condition, steps, generator)
+        return sample(
+            GuidedDenoiser(self.network, self.guidance),
+            noise,
+            steps=self.steps if steps is None else steps,
+            solver=self.solver,
+            condition=condition,
+            generator=generator,
+        )
+
+    def sampling_record(self) -> dict[str, Any]:
+        """How ``generate`` samples."""
+        return {**super().sampling_record(), "guidance": self.guidance}
 
 
 def either(which: Tensor, one: Condition, other: Condition) -> Condition:

@@ -10,15 +10,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from small_text import text_folder
 from tiny import adam, trainer
 
-from lit_distill.datamodules import CaptionedDigits, CaptionedFolder, LatentTextDataModule
+from lit_distill.callbacks import PairWriter
+from lit_distill.datamodules import (
+    CaptionedDigits,
+    CaptionedFolder,
+    LatentTextDataModule,
+    PairsDataModule,
+)
+from lit_distill.diffusion import GuidedDenoiser, sample
 from lit_distill.methods import (
     DMD,
     DMD2,
     SFD,
     DiffusionTeacher,
+    FlowDistillation,
     KnowledgeDistillation,
     MultiBoundaryConsistencyDistillation,
     RectifiedFlow,
+    Reflow,
 )
 from lit_distill.methods.rectified_flow import as_flow
 from lit_distill.models import LoRA, load_denoiser, save_denoiser
@@ -50,6 +59,51 @@ def folder(tmp_path_factory):
 def data(folder, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
     return LatentTextDataModule(CaptionedDigits(), folder, cache, batch_size=4)
+
+
+PAIRED = {
+    "kd": lambda f, **o: KnowledgeDistillation(f, distance="l2", **o),
+    "dmd": lambda f, **o: DMD(f, distance="l2", **o),
+    "reflow": Reflow,
+    "instaflow": lambda f, **o: FlowDistillation(
+        f, distance="l2", student=as_flow(load_denoiser(f)), **o
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(folder, data, tmp_path_factory):
+    """Pairs of noise and the guided teacher's latents, with their prompts."""
+    root = tmp_path_factory.mktemp("pairs")
+    data.predict_samples, data.predict_batch_size = 8, 4
+    teacher = DiffusionTeacher(folder, steps=3, solver="ddim", guidance=3.0)
+    trainer(root, PairWriter(str(root / "pairs"))).predict(teacher, data)
+    return PairsDataModule(data, str(root / "pairs"), batch_size=4)
+
+
+def test_stored_pairs_are_the_guided_teachers(folder, data, pairs):
+    pairs.setup("fit")
+    batch = pairs._gather_pairs(torch.arange(8))
+    teacher = load_denoiser(folder)
+    condition = teacher.codec.condition(data.source.captions[:8])
+    torch.testing.assert_close(batch["prompt_embeds"], condition["prompt_embeds"])
+    with torch.no_grad():
+        found = sample(
+            GuidedDenoiser(teacher, 3.0),
+            batch["noise"],
+            steps=3,
+            solver="ddim",
+            condition=condition,
+        )
+    torch.testing.assert_close(batch["image"], found, rtol=1e-4, atol=1e-4)
+    assert '"guidance": 3.0' in (pairs.folder / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_pairs_with_prompts_are_trained_on(name, folder, pairs, tmp_path):
+    module = PAIRED[name](folder, optimizer=adam)
+    trainer(tmp_path, max_steps=2).fit(module, pairs)
+    assert all(p.isfinite().all() for p in module.student.parameters())
 
 
 @pytest.fixture
