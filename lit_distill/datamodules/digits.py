@@ -25,13 +25,16 @@ class DigitsDataModule(ImageDataModule):
     """
 
     name = "digits"
+    image_shape = (1, 8, 8)
     num_classes = 10
 
     def __init__(self, scale: int = 1, **options: Any) -> None:
         if scale < 1:
             raise ValueError(f"scale={scale}: a pixel becomes a square of at least 1.")
         super().__init__(**options)
-        self.scale, self.image_shape = scale, (1, 8 * scale, 8 * scale)
+        self.scale = scale
+        if scale > 1:
+            self.image_shape = (1, 8 * scale, 8 * scale)
 
     def load(self, split: Split) -> Images:
         """Read one block of the digits."""

@@ -328,6 +328,7 @@ class FewStepPipeline(DiffusionPipeline):
         if isinstance(labels, tuple):
             return self._denoise_prompts(model, x, sigma, *labels, scale)
         numbers = {"to_sigma": model.time(max(to_sigma, model.sigma_min)), "steps": steps}
+        numbers["guidance"] = self.config.settings.get("guidance", 1.0)
         c_skip, c_out, c_in = model.scalings(sigma)
 
         def estimate(labels: torch.Tensor | None) -> torch.Tensor:

@@ -204,6 +204,8 @@ def _stock(denoiser: Denoiser) -> tuple[type[DiffusionPipeline], Any]:
         if denoiser.time_scale != _CONSISTENCY_TIME_SCALE:  # no stock pipeline asks at such times
             return DDPMPipeline, _edm_scheduler(denoiser)
         return ConsistencyModelPipeline, _consistency_scheduler(denoiser)
+    if isinstance(denoiser, LatentConsistencyDenoiser):
+        return DDIMPipeline, _lcm_scheduler(denoiser)
     if isinstance(denoiser, EpsilonDenoiser | VelocityDenoiser):
         return DDIMPipeline, _ddim_scheduler(denoiser)
     if isinstance(denoiser, FlowDenoiser):
@@ -217,6 +219,8 @@ def _stock_samples_alike(denoiser: Denoiser) -> bool:
     A teacher is sampled by any solver, so that its pipeline need not be right but for its network.
     """
     few = denoiser.few_steps
+    if isinstance(denoiser, LatentConsistencyDenoiser):
+        return False  # but of latents, which is settled elsewhere
     if denoiser.inputs:  # a stock pipeline tells a network its time and its label only
         return False
     if few is None:
