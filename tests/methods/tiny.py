@@ -109,7 +109,6 @@ DMD2_MORE = {**JUDGED, "features": "teacher", "adversarial_loss": "hinge", "r1_w
 ADD = {"distillation_weight": 1.0, "steps": 2, "adversarial_loss": "softplus"}
 NETWORK_YAML = {"network": {"class_path": "lit_distill.models.UNet", "init_args": NETWORK}}
 FLOW_YAML = {"class_path": "lit_distill.diffusion.FlowDenoiser", "init_args": NETWORK_YAML}
-EPSILON_YAML = {"class_path": "lit_distill.diffusion.EpsilonDenoiser", "init_args": NETWORK_YAML}
 
 
 START: dict[type[DistillationModule], Callable[[], Any]] = {
@@ -142,6 +141,7 @@ class Row:
         updates: Student updates of the first batches; of all further ones, the last of these.
         renewed: Student updates after which average, optimizer and schedule start anew.
         precise: Whether a part of its step runs in float32 whatever the precision.
+        teacher: Name of the folder of its teacher.
     """
 
     make: Callable[..., DistillationModule]
@@ -152,6 +152,7 @@ class Row:
     updates: tuple[int, ...] = (1,)
     renewed: tuple[int, ...] = ()
     precise: bool = False
+    teacher: str = "teacher"
 
     def after(self, limit: int) -> list[int]:
         """Student updates after each batch of a run with ``max_steps=limit``."""
@@ -207,8 +208,6 @@ def _yaml(folder: Path, kind: type[DistillationModule], **options: Any) -> dict[
         options = {**options, "denoiser": FLOW_YAML}
     if kind is FlowDistillation:
         options = {**options, "student": FLOW_YAML}
-    if kind is LatentConsistencyDistillation:
-        options = {**options, "teacher": EPSILON_YAML}
     arguments = {start: str(folder), **plain, **training, **options}
     return {"class_path": f"lit_distill.methods.{kind.__name__}", "init_args": arguments}
 
@@ -246,10 +245,16 @@ METHODS = {
     "cd_ema": _row(ConsistencyDistillation, {**CD, "target": "ema"}, follows=("average",)),
     "ct": _row(ConsistencyTraining, {"stage_updates": 3}),
     "multi_boundary": _row(MultiBoundaryConsistencyDistillation, {**CD, "boundaries": 2}),
-    "lcm": _row(LatentConsistencyDistillation, {"target": "ema"}, follows=("average",)),
+    "lcm": _row(
+        LatentConsistencyDistillation,
+        {"target": "ema"},
+        follows=("average",),
+        teacher="epsilon",
+    ),
     "lcm_lora": Row(
         partial(module, LatentConsistencyDistillation, lora=LoRA(rank=2)),
         partial(_yaml, kind=LatentConsistencyDistillation, lora={"rank": 2}),
+        teacher="epsilon",
     ),
     "ctm": _row(ConsistencyTrajectory, CTM, follows=("average",)),
     "rectified_flow": _row(RectifiedFlow),
@@ -303,7 +308,7 @@ def write_config(path: Path, root: Path, method: str, world: Path, **options: An
         path: Where to write it.
         root: The run folder.
         method: A key of :data:`METHODS`.
-        world: Folder with ``teacher/`` and ``pairs/``.
+        world: Folder with ``teacher/``, ``epsilon/`` and ``pairs/``.
         options: Of the trainer.
     """
     row = METHODS[method]
@@ -322,7 +327,7 @@ def write_config(path: Path, root: Path, method: str, world: Path, **options: An
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    config = {"trainer": {**run, **options}, "model": row.model(world / "teacher"), "data": data}
+    config = {"trainer": {**run, **options}, "model": row.model(world / row.teacher), "data": data}
     path.write_text(yaml.safe_dump(config))
     return path
 
