@@ -14,11 +14,12 @@ RUNS ?= runs/digits
 SEED ?= 0
 LIT := $(BIN)/lit-distill
 
-.PHONY: help demo compare methods test test-full lint clean
+.PHONY: help demo demo-text compare methods test test-full lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train a teacher on digits, distill it to one step, measure, draw ($(RUNS))"
+	@echo "make demo-text  a small text-to-image model of digits, distilled by LCM-LoRA ($(TEXT))"
 	@echo "make compare    all methods at 45 s of training each, one table and page (runs/compare/digits)"
 	@echo "make methods    all methods at full length on the demo's teacher, the same report ($(RUNS))"
 	@echo "make test       the tests of every day"
@@ -56,6 +57,36 @@ demo: $(METRICS)
 ARGS ?=
 compare: $(STAMP)
 	$(LIT) compare configs/compare/digits.yaml --seed $(SEED) $(ARGS)
+
+# Text to image: a small Stable Diffusion of digits, and its few-step student.
+TEXT ?= runs/captions
+TEXT_FIT = $(LIT) fit --config configs/captions/$(1).yaml --seed_everything $(SEED) --ckpt_path last \
+	--trainer.default_root_dir $(TEXT)/$(1)
+TEXT_STUDENT = --model.init_args.teacher $(TEXT)/teacher/pipeline --data.init_args.cache $(TEXT)/latents
+TEXT_METRICS := $(TEXT)/lcm_lora/metrics.json
+
+demo-text: $(TEXT_METRICS)
+	@$(BIN)/python -c "import json; from lit_distill.callbacks.report import format_table; \
+		print(format_table(json.load(open('$(TEXT_METRICS)')), 'digits'))"
+	@echo
+	@echo "Picture:      $(TEXT)/lcm_lora/comparison.png"
+	@echo "Numbers:      $(TEXT_METRICS)"
+	@echo "Student:      $(TEXT)/lcm_lora/pipeline (StableDiffusionPipeline), adapter/ (load_lora_weights)"
+	@echo "More images:  $(LIT) sample $(TEXT)/lcm_lora/pipeline --prompts \"a handwritten seven\" --out seven.png"
+
+$(TEXT)/autoencoder/pipeline/model_index.json: | $(STAMP)
+	$(call TEXT_FIT,autoencoder)
+
+$(TEXT)/teacher/pipeline/model_index.json: | $(TEXT)/autoencoder/pipeline/model_index.json
+	$(call TEXT_FIT,teacher) --model.init_args.denoiser $(TEXT)/autoencoder/pipeline \
+		--data.init_args.cache $(TEXT)/latents
+
+$(TEXT)/%/pipeline/model_index.json: | $(TEXT)/teacher/pipeline/model_index.json
+	$(call TEXT_FIT,$*) $(TEXT_STUDENT)
+
+.PRECIOUS: $(TEXT)/%/pipeline/model_index.json
+$(TEXT)/%/metrics.json: | $(TEXT)/%/pipeline/model_index.json
+	$(LIT) test --config configs/captions/$*.yaml --trainer.default_root_dir $(TEXT)/$* $(TEXT_STUDENT)
 
 # The same at full length, on the demo's teacher and pairs, with further variants.
 methods: $(STUDENT)/model_index.json

@@ -19,6 +19,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from ended import Command
 from PIL import Image
+from small_text import text_folder
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
@@ -52,6 +53,10 @@ FEW_PAIRS = ("--data.init_args.predict_samples", 8, "--data.init_args.predict_ba
 NETWORK = "--model.init_args.{}.init_args.network.init_args"
 # What a number in the file makes slow, and no other option would show.
 CHEAPER: dict[str, tuple[object, ...]] = {
+    "captions/autoencoder.yaml": (
+        *("--model.init_args.pipeline.vae_widths", "[8,16,16]"),
+        *("--model.init_args.pipeline.unet_widths", "[16,16]"),
+    ),
     "cifar10/pd.yaml": ("--model.init_args.teacher_steps", 4, "--model.init_args.updates", "[1,5]"),
     **{file: ("--model.init_args.steps", 2) for file in FILES if "pairs" in file},
 }
@@ -162,6 +167,8 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
         dataset, text = Path(file).parent.name, (CONFIGS / file).read_text()
         for name in needed(file):
             provide(f"{dataset}/{name}")
+        if dataset == "coco":
+            more = (*more, *small_coco())
         options = (*ON_CPU, *CHEAPER.get(file, ()), *more)
         if "PairWriter" in text:
             ended = command("predict", "--config", CONFIGS / file, *options, *FEW_PAIRS)
@@ -182,7 +189,9 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
     def provide(name: str) -> None:
         """Make what another run leaves, or take it from the shelf."""
         if not (shelf / name).exists():
-            if "/teacher" in name:
+            if name == "captions/teacher":
+                text_folder(Path("runs/captions/teacher/pipeline"), image_size=16)
+            elif "/teacher" in name:
                 write_teacher(name)
             else:
                 run_file(f"{name}.yaml")
@@ -190,6 +199,19 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
         shutil.copytree(shelf / name, Path("runs") / name, dirs_exist_ok=True)
 
     return run_file
+
+
+def small_coco() -> tuple[object, ...]:
+    """A small text-to-image model and captioned noise in the place of Stable Diffusion and COCO."""
+    teacher = text_folder(Path("sd"), channels=3)
+    Path("coco").mkdir()
+    lines = []
+    for i in range(8):
+        Image.effect_noise((20, 16), 50).convert("RGB").save(f"coco/{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"caption {i}"}))
+    Path("coco/metadata.jsonl").write_text("\n".join(lines))
+    source = "--data.init_args.source.init_args.folder"
+    return ("--model.init_args.teacher", teacher, source, "coco")
 
 
 def small_network(option: str) -> tuple[str, ...]:
@@ -205,7 +227,7 @@ def needed(file: str) -> list[str]:
     """The runs of the same data that a file reads from."""
     dataset, own = Path(file).parent.name, Path(file).stem
     found = re.findall(rf"runs/{dataset}/(\w+)", (CONFIGS / file).read_text())
-    return sorted({*found} - {own})
+    return sorted({*found} - {own, "latents", "prompts"})  # which the data module computes itself
 
 
 def write_teacher(name: str) -> None:
@@ -247,15 +269,15 @@ def test_config_runs_two_steps(file: str, run: Run) -> None:
         assert len(list(folder.glob("shard-*.safetensors"))) == 2
     else:
         assert (folder / "pipeline" / "model_index.json").is_file()
-        if "SampleGrid" in (CONFIGS / file).read_text():
-            assert list((folder / "samples").glob("*.png"))
+        pictures = list((folder / "samples").glob("*.png"))
+        assert bool(pictures) is ("SampleGrid" in (CONFIGS / file).read_text())
 
 
 def test_every_data_set_has_its_stages() -> None:
     """Each a teacher and its pairs; the digits and CIFAR10 have all methods."""
     found = {
         dataset: {Path(file).stem for file in FILES if file.startswith(dataset)}
-        for dataset in SHAPES
+        for dataset in (*SHAPES, "captions", "coco")
     }
     assert sum(map(len, found.values())) == len(FILES)
     ode = {"kd", "pd", "td", "sfd", "sfd_v", "sfd_stage2", "cd", "ct", "multi_boundary", "ctm"}
@@ -269,6 +291,8 @@ def test_every_data_set_has_its_stages() -> None:
     both = {"teacher", "pairs", *ode, *flows, "dmd", "dmd2", "sid", "ladd"}
     assert found["digits"] >= both | {"trajectories", "sfd_stored", "ct_scratch"}
     assert found["cifar10"] >= both
+    assert found["coco"] == {"lcm", "lcm_lora", "multi_boundary", "dmd"}
+    assert found["captions"] >= {"autoencoder", "teacher", "lcm", "lcm_lora"}
     for file in FILES:
         for name in needed(file):
             made_by = f"{Path(file).parent.name}/{name}.yaml"

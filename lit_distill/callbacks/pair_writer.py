@@ -27,7 +27,8 @@ from lit_distill.datamodules.pairs_folder import (
 class PairWriter(Callback):
     """Writes each batch of ``predict`` as one shard, and a manifest that vouches for all of them.
 
-    The module's ``predict_step`` returns ``{"index", "noise", "image", "label"?, "trajectory"?}``
+    The module's ``predict_step`` returns ``{"index", "noise", "image", "label"?, "trajectory"?}``,
+    or ``prompt_embeds`` (B, L, D) in the place of the label
     (``trajectory`` (B, S, C, H, W): states on the way from noise to image), and its
     ``sampling_record()`` says how: ``teacher`` (fingerprint), ``solver``, ``steps``, ``nfe``,
     ``sigma_min``, ``sigma_max``, ``dtype``, ``deterministic`` and maybe ``trajectory``. A shard
@@ -81,6 +82,8 @@ class PairWriter(Callback):
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         if "label" in outputs:
             tensors["label"] = outputs["label"]
+        if "prompt_embeds" in outputs:
+            tensors["prompt_embeds"] = outputs["prompt_embeds"].float()
         if "trajectory" in outputs:
             tensors["trajectory"] = outputs["trajectory"].float()
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

@@ -99,10 +99,13 @@ def format_table(rows: Sequence[Row], extractor: str) -> str:
 def _notes(rows: Sequence[Row], names: dict[str, str]) -> list[str]:
     """What stands below the table."""
     references, floors = rows[0]["reference_images"], rows[0]["floors"]
-    notes = [
-        f"{names['test']}: to {references['test']:,} held-out images; coverage, recall: of "
-        f"these; nearest: pixel distance to the nearest of {references['train']:,} training images."
-    ]
+    notes = ["coverage, recall: of the teacher's images from other noise."]
+    if "test" in references:
+        notes = [
+            f"{names['test']}: to {references['test']:,} held-out images; coverage, recall: of "
+            f"these; nearest: pixel distance to the nearest of {references['train']:,} training "
+            "images."
+        ]
     if any(row.get(f"{names['test']}_interval") for row in rows):
         notes.append("Behind ±: half of the 95% interval (metrics.json), of images drawn anew.")
     if names["train"] == "fid_train":

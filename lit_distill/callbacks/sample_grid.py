@@ -5,10 +5,13 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lit_distill.callbacks.pictures import draw_rows, tile
 from lit_distill.callbacks.sampling import Draw, data_of, generative
+from lit_distill.datamodules import LatentTextDataModule
+from lit_distill.diffusion import Condition
 from lit_distill.metrics.figures import to_uint8
 
 
@@ -73,34 +76,39 @@ class SampleGrid(Callback):
                 for name, images in rows.items():
                     add_image(f"samples/{name}", tile(images, self.columns), step)
 
-    def _noise(self, trainer: Trainer, module: LightningModule) -> tuple[Tensor, Tensor | None]:
-        shape, classes = data_of(trainer, self).image_shape, generative(module).student.num_classes
-        return Draw(shape, classes, self.num_images, self.seed, self.num_images).batch(0)
+    def _noise(self, trainer: Trainer, module: LightningModule) -> tuple[Tensor, Condition]:
+        data, classes = data_of(trainer, self), generative(module).student.num_classes
+        draw = Draw(data.image_shape, classes, self.num_images, self.seed, self.num_images)
+        noise, labels = draw.batch(0)
+        if not isinstance(data, LatentTextDataModule):
+            return noise, labels
+        captions = torch.arange(self.num_images) % len(data.source.captions)
+        return noise, {"prompt_embeds": data.embeddings(captions)}
 
 
 def preview(
-    module: LightningModule, batch: tuple[Tensor, Tensor | None], seed: int
+    module: LightningModule, batch: tuple[Tensor, Condition], seed: int
 ) -> dict[str, Tensor]:
     """Call a module's ``preview`` in eval mode, without a trace on modes or random state.
 
     Args:
         module: A module with ``preview(noise, condition) -> dict[str, Tensor]``.
-        batch: Noise (B, C, H, W) and labels (B,) or None, on any device.
+        batch: Noise (B, C, H, W) and a condition or None, on any device.
         seed: Of the global random state, for previews that draw noise of their own.
 
     Returns:
         The images of each entry, (B, C, H, W) uint8 on the CPU.
     """
-    noise, labels = batch
-    noise, labels = noise.to(module.device), None if labels is None else labels.to(module.device)
+    noise, condition = apply_to_collection(batch, Tensor, lambda tensor: tensor.to(module.device))
     modes: dict[nn.Module, bool] = {part: part.training for part in module.modules()}
     module.eval()
     try:
         precision = module.trainer.precision_plugin.forward_context()
         with isolate_rng(), torch.no_grad(), precision:
             torch.manual_seed(seed)
-            rows = generative(module).preview(noise, labels)
+            rows = generative(module).preview(noise, condition)
     finally:
         for part, training in modes.items():
             part.training = training  # not by train(), which a module may have overridden
-    return {name: to_uint8(images.float()).cpu() for name, images in rows.items()}
+    decode = generative(module).student.decode
+    return {name: to_uint8(decode(images.float())).cpu() for name, images in rows.items()}

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -64,7 +65,7 @@ def draw(
     *,
     steps: int,
     solver: str | None = None,
-    labels: Tensor | None = None,
+    condition: Condition = None,
     batch_size: int = 256,
     device: str | torch.device = "cpu",
 ) -> Drawing:
@@ -76,7 +77,7 @@ def draw(
         steps: Evaluations of a student, jumps of a solver.
         solver: A name in ``lit_distill.diffusion.SOLVERS``; by default a student's own way, and
             Heun's method for a teacher.
-        labels: ``(N,)`` class labels of a conditional model.
+        condition: Class labels ``(N,)`` of a conditional model, or named tensors ``(N, ...)``.
         batch_size: Images at a time.
         device: Where to.
 
@@ -99,19 +100,23 @@ def draw(
         for row in rows:
             generators = seeded_generators(seeds[int(i)] for i in row)
             noise = drawn_noise(shape, generators).to(device)
-            condition: Condition = None if labels is None else labels[row].to(device)
             x = sample(
                 denoiser,
                 noise,
                 steps=steps,
                 solver=solver,
-                condition=condition,
+                condition=apply_to_collection(condition, Tensor, _rows, row, device),
                 generator=generators,
             )
+            x = denoiser.decode(x)
             images.append((x.float() / 2 + 0.5).clamp(0, 1).cpu())
             bar.update(len(row))
     seconds = time.perf_counter() - begin
     return Drawing(torch.cat(images), counter.calls // len(rows), seconds)
+
+
+def _rows(tensor: Tensor, rows: Tensor, device: str | torch.device) -> Tensor:
+    return tensor[rows].to(device)
 
 
 def run_sample(args: list[str]) -> int:
@@ -135,15 +140,16 @@ def run_sample(args: list[str]) -> int:
     with _notes():
         denoiser = load_denoiser(options.folder)
         labels = _labels(options.labels, options.num_images, denoiser)
+        prompts = _prompts(options.prompts, options.num_images, denoiser)
         steps = options.steps or _default_steps(denoiser)
         solver = options.solver or ("heun" if denoiser.few_steps is None else None)
         _set_gamma(denoiser, options.gamma)
         drawing = draw(
-            _guided(denoiser, options.guidance),
+            _guided(denoiser, options.guidance, prompts),
             list(range(options.seed, options.seed + options.num_images)),
             steps=steps,
             solver=solver,
-            labels=labels,
+            condition=labels if prompts is None else prompts,
             batch_size=options.batch_size,
             device=_device(options.device),
         )
@@ -188,12 +194,12 @@ def _parser() -> argparse.ArgumentParser:
         help="share of fresh noise between a student's jumps, 0 to 1 [as it was trained]",
     )
     add("--labels", metavar="L", help="classes to cycle through: 0,1,2 or all [all]")
+    add("--prompts", nargs="+", metavar="P", help="what a text-to-image model shall show, in turn")
     add(
         "--guidance",
         type=float,
-        default=1.0,
         metavar="G",
-        help="scale of classifier-free guidance, 1 = none [%(default)s]",
+        help="scale of classifier-free guidance, 1 = none [1, or as a student was trained]",
     )
     add(
         "--solver",
@@ -274,9 +280,28 @@ def _set_gamma(denoiser: Denoiser, gamma: float | None) -> None:
     denoiser.few_steps = replace(denoiser.few_steps, gamma=gamma)
 
 
-def _guided(denoiser: Denoiser, scale: float) -> Denoiser:
-    if scale == 1:
+def _prompts(asked: list[str] | None, count: int, denoiser: Denoiser) -> dict[str, Tensor] | None:
+    """The embedding of one prompt for each image, in turn; None for a model without prompts."""
+    codec = denoiser.codec
+    if codec is None:
+        if asked is not None:
+            raise ValueError("--prompts: this model takes no prompts, leave --prompts out.")
+        return None
+    if asked is None:
+        raise ValueError('This is a text-to-image model: say what to draw, --prompts "a cat".')
+    rows = torch.arange(count) % len(asked)
+    return {name: tensor[rows] for name, tensor in codec.condition(asked).items()}
+
+
+def _guided(denoiser: Denoiser, scale: float | None, prompts: dict[str, Tensor] | None) -> Denoiser:
+    if scale is not None and prompts is not None and "guidance" in denoiser.inputs:
+        length = len(prompts["prompt_embeds"])  # a network that is told costs one evaluation
+        prompts["guidance"] = torch.full((length,), scale)
         return denoiser
+    if scale is None or scale == 1:
+        return denoiser
+    if prompts is not None:
+        return GuidedDenoiser(denoiser, scale)
     if denoiser.num_classes is None:
         raise ValueError(f"--guidance {scale}: this model is unconditional, use 1.")
     denoiser.null(torch.zeros(1, dtype=torch.int64))  # says so if there is no null class

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_distill.datamodules.base import ImageDataModule, Images, Split
-from lit_distill.datamodules.batches import Batch
+from lit_distill.datamodules.batches import Batch, FixedLoader
+from lit_distill.datamodules.latent_text import LatentTextDataModule
 from lit_distill.datamodules.pairs_folder import MANIFEST, Manifest, Shard, read_manifest, sha256
 from lit_distill.diffusion import Denoiser
 
@@ -22,8 +23,9 @@ class PairsDataModule(ImageDataModule):
 
     Training batches are ``{"index": (B,) int64, "noise": (B, C, H, W) unit noise, "image": (B, C,
     H, W) the end of the teacher's ODE, "label": (B,) int64}``, without ``label`` for unconditional
-    pairs, and with ``"trajectory": (B, S, C, H, W)`` where states on the way were written. All
-    pairs are kept in memory; each shard's checksum is verified once, when it is read.
+    pairs, with ``"prompt_embeds": (B, L, D)`` in its place for latents and prompts, and with
+    ``"trajectory": (B, S, C, H, W)`` where states on the way were written. All pairs are kept in
+    memory; each shard's checksum is verified once, when it is read.
 
     Args:
         data: The data that the teacher was trained on.
@@ -45,7 +47,7 @@ class PairsDataModule(ImageDataModule):
         self.data = data
         self.folder = Path(folder)
         self.name = data.name
-        self.image_shape = data.image_shape
+        self.image_shape = getattr(data, "image_shape", (0, 0, 0))  # of latents: once it is set up
         self.num_classes = data.num_classes
         self._manifest: Manifest | None = None
         self._pairs: Batch = {}
@@ -61,7 +63,8 @@ class PairsDataModule(ImageDataModule):
             FileNotFoundError: If the folder holds no pairs.
             ValueError: If the pairs are incomplete, damaged, or do not fit the data.
         """
-        super().setup("validate" if stage == "fit" else stage)  # real images do not train here
+        self.data.setup("validate" if stage == "fit" else stage)  # real images do not train here
+        self.image_shape = self.data.image_shape
         if stage in ("fit", None) and not self._pairs:
             self._manifest = self._checked_manifest()
             self._pairs = self._read(self._manifest)
@@ -74,6 +77,10 @@ class PairsDataModule(ImageDataModule):
     def trajectory(self) -> dict[str, Any] | None:
         """How the stored trajectories were made; None where the pairs have none."""
         return None if self._manifest is None else self._manifest.trajectory
+
+    def check_model(self, denoiser: Denoiser) -> None:
+        """Check that a model fits the data."""
+        self.data.check_model(denoiser)
 
     def check_teacher(self, denoiser: Denoiser) -> None:
         """Check that a teacher fits the data and, once they are read, that it made the pairs.
@@ -90,6 +97,11 @@ class PairsDataModule(ImageDataModule):
                 f"{self._manifest.teacher[:12]}). Give the teacher that made them (option teacher),"
                 " or write new pairs to another folder with `lit-distill predict`."
             )
+
+    def _in_order(self, split: Split) -> FixedLoader:
+        if isinstance(self.data, LatentTextDataModule):  # without images to compare with
+            return self.data.val_dataloader()
+        return super()._in_order(split)
 
     def _training_items(self) -> tuple[Callable[[Tensor], Batch], int]:
         return self._gather_pairs, len(self._pairs["index"])

@@ -46,6 +46,7 @@ class Manifest:
         num_pairs: Number of pairs in all.
         shard_size: Pairs a shard; the last may be smaller. One shard was computed as one batch.
         trajectory: How the states between noise and image were made, where they are stored too.
+        guidance: Scale of the teacher's guidance, 1 = none.
         shards: The written shards, once ``complete``.
         complete: Whether all shards are there, with their checksums.
         format: Version of this format.
@@ -64,6 +65,7 @@ class Manifest:
     num_pairs: int
     shard_size: int
     trajectory: dict[str, Any] | None = None
+    guidance: float = 1.0
     shards: list[Shard] = field(default_factory=list)
     complete: bool = False
     format: int = FORMAT

@@ -16,6 +16,7 @@ from lit_distill.diffusion.denoisers import (
     EDMDenoiser,
     EpsilonDenoiser,
     FlowDenoiser,
+    LatentConsistencyDenoiser,
     VelocityDenoiser,
 )
 from lit_distill.diffusion.flows import on_path, straightness, velocity
@@ -66,6 +67,7 @@ __all__ = [
     "GaussianMixtureDenoiser",
     "Generators",
     "GuidedDenoiser",
+    "LatentConsistencyDenoiser",
     "LogNormalSigma",
     "LogUniformSigma",
     "Network",

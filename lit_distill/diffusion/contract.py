@@ -30,6 +30,22 @@ class Network(Protocol):
         ...
 
 
+class Codec(Protocol):
+    """The frozen parts of a latent model, see :class:`lit_distill.models.LatentCodec`."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, C, H, W) in about [-1, 1] of latents (B, c, h, w)."""
+        ...
+
+    def condition(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What a denoiser is asked with for prompts."""
+        ...
+
+    def null(self, prompt_embeds: Tensor) -> Tensor:
+        """The empty prompt's embedding, in the shape of ``prompt_embeds`` (B, L, D)."""
+        ...
+
+
 def like(level: Tensor, x: Tensor) -> Tensor:
     """View per-sample numbers ``(B,)`` so that they broadcast against ``x`` ``(B, *shape)``."""
     return level.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
@@ -135,6 +151,8 @@ class Denoiser(nn.Module):
         floor: Noise level that is left in its estimate of ``x0``.
         original: Fingerprint of the model that this one was before its weights were rounded or
             prepared for adapters; None where they were not.
+        codec: What turns prompts into conditions and a latent model's samples into images; None
+            for a model of images.
     """
 
     sigma_min: float
@@ -146,6 +164,7 @@ class Denoiser(nn.Module):
     inputs: tuple[str, ...] = ()
     floor: float = 0.0
     original: str | None = None
+    codec: Codec | None = None
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise.
@@ -202,6 +221,8 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: If the model was not trained with a null class.
         """
+        if isinstance(condition, dict) and "prompt_embeds" in condition and self.codec is not None:
+            return {**condition, "prompt_embeds": self.codec.null(condition["prompt_embeds"])}
         labels = labels_of(condition)
         if labels is None:
             return condition
@@ -212,6 +233,19 @@ class Denoiser(nn.Module):
             )
         null = torch.full_like(labels, self.null_label)
         return {**condition, "label": null} if isinstance(condition, dict) else null
+
+    def some_condition(self, count: int, device: torch.device) -> Condition:
+        """A condition for ``count`` samples where it does not matter which."""
+        if self.codec is not None:
+            prompts = self.codec.condition([""] * count)
+            return {name: tensor.to(device) for name, tensor in prompts.items()}
+        if self.num_classes is None:
+            return None
+        return torch.zeros(count, dtype=torch.long, device=device)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` in about [-1, 1] of samples: latents by the VAE, else ``x``."""
+        return x if self.codec is None else self.codec.decode(x)
 
     def start_from(self, sigma: float) -> None:
         """Let sampling start at a lower noise level than the teacher's largest.
@@ -262,6 +296,11 @@ class NetworkDenoiser(Denoiser):
         """Further conditions that the network takes."""
         return tuple(getattr(self.network, "inputs", ()))
 
+    @property
+    def codec(self) -> Codec | None:  # type: ignore[override]
+        """What belongs to the network, where it is one of latents."""
+        return getattr(self.network, "codec", None)
+
     def time(self, sigma: Tensor) -> Tensor:
         """The network's time at ``sigma`` (B,)."""
         raise NotImplementedError
@@ -310,7 +349,7 @@ class GuidedDenoiser(Denoiser):
         self.sigma_min, self.sigma_max = denoiser.sigma_min, denoiser.sigma_max
         self.image_shape, self.num_classes = denoiser.image_shape, denoiser.num_classes
         self.null_label, self.few_steps = denoiser.null_label, denoiser.few_steps
-        self.inputs, self.floor = denoiser.inputs, denoiser.floor
+        self.inputs, self.floor, self.codec = denoiser.inputs, denoiser.floor, denoiser.codec
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
         """Denoise, see :meth:`Denoiser.forward`.

@@ -253,6 +253,89 @@ class VelocityDenoiser(_TableDenoiser):
         return self.pixel_scale**2 + 1 / wide(sigma) ** 2
 
 
+class LatentConsistencyDenoiser(_TableDenoiser):
+    """The scalings of latent consistency models (Luo et al. 2023) around a table's network.
+
+    ``D = c_skip x / sqrt(1 + sigma^2) + c_out x0``, where ``x0`` is the network's own estimate,
+    ``c_skip = sd^2 / (s^2 + sd^2)``, ``c_out = s / sqrt(s^2 + sd^2)``, ``s = time_scaling t`` and
+    ``sd = 0.5``, so that at the time ``t = 0`` it is the variance-preserving state itself. The
+    numbers are those of diffusers' ``LCMScheduler``.
+
+    Args:
+        network: As for :class:`EpsilonDenoiser` or :class:`VelocityDenoiser`.
+        betas: ``(T,)`` variance schedule.
+        prediction: What the network predicts: ``epsilon`` or ``v_prediction``.
+        grid_steps: Times of the grid that it was trained on, and that ``sigmas`` picks from.
+        time_scaling: Factor of the time in the scalings.
+        guidance: The scale that a network which embeds it is told where none is given; 1 = none.
+        discrete: As for :class:`EpsilonDenoiser`.
+        generator_sigma: As for :class:`EpsilonDenoiser`.
+
+    Raises:
+        ValueError: If the prediction is unknown or the grid has more times than the table.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        betas: Tensor | list[float] | None = None,
+        prediction: str = "epsilon",
+        grid_steps: int = 50,
+        time_scaling: float = 10.0,
+        guidance: float = 1.0,
+        discrete: bool = False,
+        generator_sigma: float | None = None,
+    ) -> None:
+        super().__init__(network, betas, discrete, generator_sigma)
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction={prediction!r}: choose epsilon or v_prediction.")
+        if not 1 <= grid_steps <= len(self.table):
+            raise ValueError(
+                f"grid_steps={grid_steps}: the grid has 1 to {len(self.table)} times of the table."
+            )
+        self.prediction, self.grid_steps = prediction, grid_steps
+        self.time_scaling, self.guidance = time_scaling, guidance
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
+        """Denoise, see :meth:`Denoiser.forward`."""
+        is_told = isinstance(condition, dict) and "guidance" in condition
+        if not is_told:
+            condition = told(self, condition, guidance=torch.full_like(sigma, self.guidance))
+        alpha = like((1 + wide(sigma) ** 2).rsqrt(), x)
+        out = self.predict(alpha * x, sigma, condition)
+        noise = out if self.prediction == "epsilon" else alpha * (out + like(sigma, x) * alpha * x)
+        c_skip, c_out = (like(c, x) for c in self.scalings(sigma))
+        return c_skip * alpha * x + c_out * (x - like(sigma, x) * noise)
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """``c_skip`` and ``c_out`` at ``sigma``."""
+        s = self.time_scaling * wide(self.time(sigma))
+        return 0.25 / (s**2 + 0.25), s / (s**2 + 0.25).sqrt()
+
+    def times(self) -> Tensor:
+        """The grid's times, ascending, ``(grid_steps,)`` int64: ``k n - 1`` for n = 1, 2, ..."""
+        return torch.arange(1, self.grid_steps + 1) * (len(self.table) // self.grid_steps) - 1
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Levels at ``steps`` evenly spaced times of the grid, from its end; then 0.
+
+        Raises:
+            ValueError: If there are more steps than times, or fewer than one.
+        """
+        check_steps(steps)
+        if steps > self.grid_steps:
+            raise ValueError(
+                f"steps={steps} is more than the {self.grid_steps} times of this model's grid."
+            )
+        places = torch.arange(steps) * self.grid_steps // steps
+        return torch.cat([self.table[self.times().flip(0)[places]], self.table.new_zeros(1)])
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's numbers."""
+        names = ("prediction", "grid_steps", "time_scaling", "guidance")
+        return {**super().settings(), **{name: getattr(self, name) for name in names}}
+
+
 class FlowDenoiser(NetworkDenoiser):
     """A rectified flow: the network predicts ``u = noise - x0`` on ``x_t = (1-t) x0 + t noise``.
 

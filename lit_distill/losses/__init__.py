@@ -13,6 +13,7 @@ from lit_distill.losses.distances import (
     L2,
     LPIPS,
     Distance,
+    Huber,
     PseudoHuber,
     as_distance,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "AdversarialLoss",
     "Distance",
     "DistributionMatching",
+    "Huber",
     "PseudoHuber",
     "adaptive_loss",
     "as_distance",

@@ -73,6 +73,28 @@ class PseudoHuber(Distance):
         return square / ((square + c**2).sqrt() + c)
 
 
+class Huber(Distance):
+    """Mean of ``sqrt((x - y)^2 + c^2) - c`` over all numbers, as in diffusers' LCM training.
+
+    Args:
+        c: Where the square ends and the absolute value begins.
+
+    Raises:
+        ValueError: If ``c`` is not above 0.
+    """
+
+    def __init__(self, c: float = 1e-3) -> None:
+        super().__init__()
+        if c <= 0:
+            raise ValueError(f"c={c}: the Huber distance needs a constant above 0.")
+        self.c = c
+
+    def compare(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """Mean of the smoothed absolute error."""
+        square = (features[0] - targets[0]).flatten(1).square()
+        return (square / ((square + self.c**2).sqrt() + self.c)).mean(1)
+
+
 class LPIPS(Distance):
     """Learned perceptual distance (Zhang et al. 2018), through the ``lpips`` package.
 
@@ -190,6 +212,7 @@ DISTANCES: dict[str, type[Distance]] = {
     "lpips": LPIPS,
     "l2": L2,
     "l1": L1,
+    "huber": Huber,
     "pseudo_huber": PseudoHuber,
 }
 """Distances by name, with their default settings."""

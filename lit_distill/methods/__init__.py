@@ -2,6 +2,7 @@
 
 from lit_distill.methods.adversarial import AdversarialDistillation
 from lit_distill.methods.alternating import AlternatingDistillationModule
+from lit_distill.methods.autoencoder import Autoencoder
 from lit_distill.methods.base import DistillationModule
 from lit_distill.methods.consistency import ConsistencyDistillation
 from lit_distill.methods.consistency_training import ConsistencyTraining
@@ -10,6 +11,7 @@ from lit_distill.methods.dmd import DMD
 from lit_distill.methods.dmd2 import DMD2
 from lit_distill.methods.flow_distillation import FlowDistillation
 from lit_distill.methods.knowledge import KnowledgeDistillation
+from lit_distill.methods.latent_consistency import LatentConsistencyDistillation
 from lit_distill.methods.mean_flow import MeanFlow
 from lit_distill.methods.multi_boundary import MultiBoundaryConsistencyDistillation
 from lit_distill.methods.progressive import ProgressiveDistillation
@@ -25,6 +27,7 @@ __all__ = [
     "SFD",
     "AdversarialDistillation",
     "AlternatingDistillationModule",
+    "Autoencoder",
     "ConsistencyDistillation",
     "ConsistencyTraining",
     "ConsistencyTrajectory",
@@ -32,6 +35,7 @@ __all__ = [
     "DistillationModule",
     "FlowDistillation",
     "KnowledgeDistillation",
+    "LatentConsistencyDistillation",
     "MeanFlow",
     "MultiBoundaryConsistencyDistillation",
     "ProgressiveDistillation",

@@ -34,7 +34,8 @@ from lit_distill.diffusion import (
 from lit_distill.models import load_denoiser
 
 Batch = dict[str, Tensor]
-"""``image`` (B, C, H, W) in [-1, 1], and where there are any: ``label``, ``noise``, ``index``."""
+"""``image`` (B, C, H, W) in [-1, 1], or latents (B, c, h, w) of unit variance; and where there are
+any: ``label`` or ``prompt_embeds``, ``noise``, ``index``."""
 
 # How often a run looks whether its losses are finite: a look makes a GPU wait.
 _CHECK_EVERY = 20
@@ -47,6 +48,8 @@ def as_denoiser(source: str | Denoiser) -> Denoiser:
 
 def condition_of(batch: Batch) -> Condition:
     """What a batch's images are conditional on."""
+    if "prompt_embeds" in batch:
+        return {"prompt_embeds": batch["prompt_embeds"]}
     return batch.get("label")
 
 
@@ -187,8 +190,7 @@ class DistillationModule(LightningModule):
         with EvaluationCounter(self.network) as counter:
             shape = self.network.image_shape or ()
             zeros = torch.zeros((1, *shape), device=self.device)
-            label = torch.zeros(1, dtype=torch.long, device=self.device)
-            self.generate(zeros, None if self.network.num_classes is None else label)
+            self.generate(zeros, self.network.some_condition(1, self.device))
         return {
             "teacher": self.network.fingerprint(),
             "solver": self.solver or "heun" if few is None else self.solver or "few_step",
@@ -199,6 +201,11 @@ class DistillationModule(LightningModule):
             "dtype": precision.replace("32-true", "float32"),
             "deterministic": few is None or few.gamma == 0 or self.solver is not None,
         }
+
+    @property
+    def data_free(self) -> bool:
+        """Whether training looks at a batch's conditions and the shape of its images only."""
+        return False
 
     def milestone(self) -> str | None:
         """Name of a folder that the averaged weights of this moment are exported to, if any.
@@ -243,6 +250,12 @@ class DistillationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check the data against the teacher, and prepare the networks for speed."""
         data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and not self.data_free and not getattr(data, "has_images", True):
+            raise ValueError(
+                f"{type(self).__name__} learns from images, and {data} has captions only: give "
+                "data with images, or a method that needs none (SFD, KnowledgeDistillation with "
+                "online, DMD with regression_weight 0, DMD2 without its discriminator)."
+            )
         if stage == "fit" and hasattr(data, "check_teacher"):
             if self.teacher is None:
                 data.check_model(self.student)

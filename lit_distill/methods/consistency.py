@@ -12,7 +12,11 @@ from lit_distill.diffusion import (
     ConsistencyDenoiser,
     Denoiser,
     EDMDenoiser,
+    EpsilonDenoiser,
     FewSteps,
+    GuidedDenoiser,
+    LatentConsistencyDenoiser,
+    VelocityDenoiser,
     check_solver,
     jump,
     like,
@@ -46,15 +50,16 @@ class ConsistencyDistillation(DistillationModule):
     RAdam 4e-4, batch 512, EMA .9999.
 
     Args:
-        teacher: A denoiser with EDM's scalings, or a folder or hub id of one; any other together
-            with ``student``.
+        teacher: A denoiser with EDM's scalings or of a DDPM table, or a folder or hub id of one;
+            any other together with ``student``.
         num_nodes: Nodes of the grid, between the teacher's largest and smallest level.
         distance: ``lpips``, ``l2``, ``l1``, ``pseudo_huber``, or an object.
         target: What judges the lower node: the student itself without a gradient, or an average of
             its weights.
         target_decay: Decay of that average.
         teacher_solver: The teacher's solver, for one step.
-        student: What the student starts from, where that is not the teacher; with EDM's scalings.
+        student: What the student starts from, where that is not the teacher; with such scalings.
+        guidance: Scale of the teacher's guidance, 1 = none. The student is sampled without.
         base: Arguments of :class:`DistillationModule`.
 
     Raises:
@@ -70,17 +75,19 @@ class ConsistencyDistillation(DistillationModule):
         target_decay: float = 0.95,
         teacher_solver: str = "heun",
         student: str | Denoiser | None = None,
+        guidance: float = 1.0,
         **base: Any,
     ) -> None:
         check_solver(teacher_solver)
         if num_nodes < 2:
             raise ValueError(f"num_nodes={num_nodes}: a grid has at least 2 nodes.")
         frozen = as_denoiser(teacher)
-        generator = with_boundary(student_of(frozen, student), num_nodes)
+        generator = with_scalings(student_of(frozen, student), num_nodes, guidance)
         generator.few_steps = FewSteps(trained=(1, 2), gamma=1.0)
         super().__init__(generator, frozen, **base)
         self.save_hyperparameters(logger=False)
         self.distance, self.teacher_solver = as_distance(distance), teacher_solver
+        self.guidance = guidance
         self.nodes = rho_grid(num_nodes - 1, generator.sigma_min, generator.sigma_max)
         self.ends = torch.zeros(num_nodes - 1, dtype=torch.float64)
         self.average = target_of(generator, target, target_decay)
@@ -96,9 +103,8 @@ class ConsistencyDistillation(DistillationModule):
         with torch.no_grad():
             assert self.teacher is not None
             levels = torch.stack([sigma, below])
-            x_below = solve(
-                self.teacher, x, levels, solver=self.teacher_solver, condition=condition
-            )
+            teacher = GuidedDenoiser(self.teacher, self.guidance)
+            x_below = solve(teacher, x, levels, solver=self.teacher_solver, condition=condition)
         state = random_state(x.device)
         there = jump(x, self.student(x, sigma, condition), sigma, end)
         with torch.no_grad(), same_randomness(state, x.device):
@@ -127,6 +133,33 @@ class ConsistencyDistillation(DistillationModule):
     def frozen_modules(self) -> tuple[str, ...]:
         """Teacher and distance."""
         return ("teacher", "distance")
+
+
+def with_scalings(
+    denoiser: Denoiser, num_timesteps: int, guidance: float = 1.0
+) -> ConsistencyDenoiser | LatentConsistencyDenoiser:
+    """The same network as a consistency model: of a DDPM table as latent ones, else as EDM's.
+
+    Args:
+        denoiser: A model with EDM's scalings, or one that predicts noise or v at a table's times.
+        num_timesteps: Levels that multistep sampling picks from.
+        guidance: Scale that a network which embeds it is told where none is given.
+
+    Raises:
+        ValueError: If it has other scalings.
+    """
+    if isinstance(denoiser, LatentConsistencyDenoiser):  # to go on with
+        return denoiser
+    if not isinstance(denoiser, EpsilonDenoiser | VelocityDenoiser):
+        return with_boundary(denoiser, num_timesteps)
+    return LatentConsistencyDenoiser(
+        denoiser.network,
+        betas=denoiser.betas,
+        prediction="epsilon" if isinstance(denoiser, EpsilonDenoiser) else "v_prediction",
+        grid_steps=num_timesteps,
+        guidance=guidance,
+        discrete=denoiser.discrete,
+    )
 
 
 def with_boundary(denoiser: Denoiser, num_timesteps: int) -> ConsistencyDenoiser:

@@ -168,6 +168,11 @@ class DMD(AlternatingDistillationModule):
             self.update("fake_score", self.fake_loss, samples)
         self.step_schedules()
 
+    @property
+    def data_free(self) -> bool:
+        """Without the regression."""
+        return self.distance is None
+
     def student_loss(self, batch: Batch, samples: list[Generated]) -> Tensor:
         """The loss of fresh samples, which are handed on, and regression on pairs."""
         condition, count = condition_of(batch), len(batch["image"])

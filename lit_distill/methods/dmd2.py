@@ -130,6 +130,11 @@ class DMD2(DMD):
         assert self.teacher is not None
         return self.fake_score if self.features == "fake_score" else self.teacher
 
+    @property
+    def data_free(self) -> bool:
+        """Without a discriminator and noised data."""
+        return self.discriminator is None and self.inputs != "noised_data"
+
     def generated(self, batch: Batch, draw: int = 0) -> Tensor:
         """The student's samples of one of its steps, which only the last one has a graph of."""
         if self.steps == 1:

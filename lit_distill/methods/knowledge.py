@@ -90,6 +90,11 @@ class KnowledgeDistillation(DistillationModule):
         )
         return noise, target
 
+    @property
+    def data_free(self) -> bool:
+        """Online the teacher makes the targets."""
+        return self.online
+
     def frozen_modules(self) -> tuple[str, ...]:
         """Teacher and distance."""
         return ("teacher", "distance")

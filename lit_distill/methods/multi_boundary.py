@@ -28,6 +28,7 @@ class MultiBoundaryConsistencyDistillation(ConsistencyDistillation):
         target_decay: Likewise.
         teacher_solver: Likewise.
         student: Likewise.
+        guidance: Likewise.
         base: Arguments of :class:`DistillationModule`.
 
     Raises:
@@ -45,6 +46,7 @@ class MultiBoundaryConsistencyDistillation(ConsistencyDistillation):
         target_decay: float = 0.95,
         teacher_solver: str = "heun",
         student: str | Denoiser | None = None,
+        guidance: float = 1.0,
         **base: Any,
     ) -> None:
         super().__init__(
@@ -55,6 +57,7 @@ class MultiBoundaryConsistencyDistillation(ConsistencyDistillation):
             target_decay,
             teacher_solver,
             student,
+            guidance,
             **base,
         )
         self.save_hyperparameters(logger=False)

@@ -147,9 +147,8 @@ def log_straightness(module: DistillationModule, batch: Batch, batch_idx: int) -
         return
     image = batch["image"][:_LOOKED_AT]
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
-    label = condition_of(batch)
-    label = label[:_LOOKED_AT] if isinstance(label, Tensor) else None
-    found = straightness(module.network, noise.to(image), label).mean()
+    some = {name: tensor[:_LOOKED_AT] for name, tensor in batch.items()}
+    found = straightness(module.network, noise.to(image), condition_of(some)).mean()
     module.log("val/straightness", found, batch_size=len(image), sync_dist=True)
 
 

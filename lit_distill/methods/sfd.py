@@ -226,9 +226,8 @@ class SFD(AlternatingDistillationModule):
         with EvaluationCounter(self.teacher) as counter:
             shape = self.teacher.image_shape or ()
             zeros = torch.zeros((1, *shape), device=self.device)
-            label = torch.zeros(1, dtype=torch.long, device=self.device)
             grid = placed(self.student.grid(self.counts[0]), self.device)
-            self.teacher_nodes(zeros, grid, None if self.teacher.num_classes is None else label)
+            self.teacher_nodes(zeros, grid, self.teacher.some_condition(1, self.device))
         return {
             "teacher": self.teacher.fingerprint(),
             "solver": self.teacher_solver,
@@ -246,6 +245,11 @@ class SFD(AlternatingDistillationModule):
         grid = placed(self.student.grid(self.counts[0]), self.device)
         nodes = self.teacher_nodes(batch["noise"], grid, condition_of(batch)).float()
         return {**batch, "trajectory": nodes, "image": nodes[:, -1]}
+
+    @property
+    def data_free(self) -> bool:
+        """The teacher makes the targets."""
+        return True
 
     def trained_modules(self) -> list[Trained]:
         """The student."""

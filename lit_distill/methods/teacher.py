@@ -1,10 +1,20 @@
 """Training of a teacher: denoising score matching, with any denoiser's own objective."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lit_distill.diffusion import Denoiser, SigmaDistribution
+from lit_distill.diffusion import (
+    Condition,
+    Denoiser,
+    Generators,
+    GuidedDenoiser,
+    SigmaDistribution,
+    like,
+    sample,
+)
 from lit_distill.losses import denoising_loss
 from lit_distill.methods.base import Batch, DistillationModule, as_denoiser, condition_of
 
@@ -23,7 +33,8 @@ class DiffusionTeacher(DistillationModule):
         denoiser: The model to train, or a folder or hub id to go on from.
         sigma_distribution: Maps uniform numbers to training noise levels, for example
             ``LogNormalSigma``; by default uniform in the denoiser's own time.
-        label_dropout: Share of samples whose label is replaced by the null class, for guidance.
+        label_dropout: Share of samples whose label is replaced by the null class, or their prompt
+            by the empty one, for guidance.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule, in steps.
         ema_decay: Decay of the average of the weights.
@@ -31,6 +42,8 @@ class DiffusionTeacher(DistillationModule):
         solver: Solver of a sampling run.
         compile: Compile the network.
         channels_last: Keep weights in the channels-last layout.
+        guidance: Scale of classifier-free guidance of its samples, such as those of stored pairs; 1
+            = none.
 
     Raises:
         ValueError: If labels shall be dropped but the network has no null class.
@@ -48,9 +61,10 @@ class DiffusionTeacher(DistillationModule):
         solver: str = "heun",
         compile: bool = False,
         channels_last: bool = False,
+        guidance: float = 1.0,
     ) -> None:
         student = as_denoiser(denoiser)
-        if label_dropout > 0 and student.null_label is None:
+        if label_dropout > 0 and student.null_label is None and student.codec is None:
             raise ValueError(
                 f"label_dropout={label_dropout} needs a class-conditional network with a null "
                 "class: set the network's num_classes, or label_dropout to 0."
@@ -67,17 +81,50 @@ class DiffusionTeacher(DistillationModule):
         )
         self.save_hyperparameters(logger=False)
         self.sigma_distribution = sigma_distribution or student.schedule
-        self.label_dropout = label_dropout
+        self.label_dropout, self.guidance = label_dropout, guidance
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Denoising score matching on a batch of data."""
         x0, condition = batch["image"], condition_of(batch)
         sigma = self.sigma_distribution(torch.rand(len(x0), device=self.device))
-        if self.label_dropout > 0 and isinstance(condition, Tensor):
-            null = self.student.null(condition)
+        if self.label_dropout > 0 and condition is not None:
             drop = torch.rand(len(x0), device=self.device) < self.label_dropout
-            condition = torch.where(drop, null, condition)  # type: ignore[arg-type]
+            condition = either(drop, self.student.null(condition), condition)
         loss = denoising_loss(self.student, x0, sigma, torch.randn_like(x0), condition).mean()
         self.watch(loss)
         self.log("loss/denoising", loss, prog_bar=True)
         return loss
+
+    @torch.no_grad()
+    def generate(
+        self,
+        noise: Tensor,
+        condition: Condition = None,
+        steps: int | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Make samples with the averaged weights, see :meth:`DistillationModule.generate`."""
+        if self.guidance == 1:
+            return super().generate(noise, condition, steps, generator)
+        return sample(
+            GuidedDenoiser(self.network, self.guidance),
+            noise,
+            steps=self.steps if steps is None else steps,
+            solver=self.solver,
+            condition=condition,
+            generator=generator,
+        )
+
+    def sampling_record(self) -> dict[str, Any]:
+        """How ``generate`` samples."""
+        return {**super().sampling_record(), "guidance": self.guidance}
+
+
+def either(which: Tensor, one: Condition, other: Condition) -> Condition:
+    """The condition ``one`` of the samples where ``which`` (B,) is true, else the ``other``."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {
+            name: torch.where(like(which, one[name]).bool(), one[name], other[name]) for name in one
+        }
+    assert isinstance(one, Tensor) and isinstance(other, Tensor)
+    return torch.where(which, one, other)

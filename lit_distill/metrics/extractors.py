@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
+from torch.nn import functional
 
 from lit_distill.datamodules import to_signed
 
@@ -196,11 +197,29 @@ class ClassifierExtractor(Extractor):
 
 
 class DigitsExtractor(ClassifierExtractor):
-    """Classifier of scikit-learn's 8x8 digits; options as :class:`ClassifierExtractor`."""
+    """Classifier of scikit-learn's 8x8 digits.
+
+    Args:
+        weights: As for :class:`ClassifierExtractor`.
+        scale: Width and height of the square that stands for a pixel; squares are averaged.
+
+    Raises:
+        ValueError: If the scale is below 1.
+    """
 
     name = "digits"
     image_shape = (1, 8, 8)
     widths = (32, 64)
+
+    def __init__(self, weights: str | Path | None = None, scale: int = 1) -> None:
+        if scale < 1:
+            raise ValueError(f"scale={scale}: a pixel stands in a square of at least 1.")
+        super().__init__(weights)
+        self.scale, self.image_shape = scale, (1, 8 * scale, 8 * scale)
+
+    def run(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, 64) after the activation, and logits (N, 10)."""
+        return super().run(functional.avg_pool2d(images.float(), self.scale))
 
 
 class MNISTExtractor(ClassifierExtractor):

@@ -117,9 +117,8 @@ class Discriminator(nn.Module):
             )
         weight = next(backbone.parameters(), torch.zeros(1))
         x, sigma = torch.zeros(1, *shape, device=weight.device), torch.ones(1, device=weight.device)
-        label = torch.zeros(1, dtype=torch.long, device=weight.device)
-        known = getattr(backbone, "num_classes", None) is not None
-        found = self.features(backbone, x, sigma, label if known else None)
+        some = backbone.some_condition(1, weight.device) if isinstance(backbone, Denoiser) else None
+        found = self.features(backbone, x, sigma, some)
         return [feature.shape[1] for feature in found]
 
 

@@ -1,7 +1,8 @@
 """Sampling of a few-step student in plain diffusers.
 
 The folder of a student that no stock pipeline samples holds a copy of this file as ``pipeline.py``
-and opens without lit_distill, as it needs torch and diffusers only::
+and opens without lit_distill, as it needs torch and diffusers only (a text-to-image student
+transformers too)::
 
     DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 
@@ -15,8 +16,20 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
+from diffusers.utils import is_transformers_available
 from diffusers.utils.torch_utils import randn_tensor
+
+if is_transformers_available():
+    from transformers import CLIPTextModel, CLIPTokenizer
+else:  # of text-to-image students only
+    CLIPTextModel = CLIPTokenizer = ModelMixin  # type: ignore[misc]
 
 
 class _Edm:
@@ -124,6 +137,25 @@ class _Velocity(_Epsilon):
         return alpha**2, -alpha * sigma, alpha
 
 
+class _LatentConsistency(_Epsilon):
+    """As the two before, with ``D`` the state itself at the time 0."""
+
+    def scalings(self, sigma: float) -> tuple[float, float, float]:
+        alpha, s = (1 + sigma**2) ** -0.5, self.settings["time_scaling"] * self.time(sigma)
+        skip, out = 0.25 / (s**2 + 0.25), s / (s**2 + 0.25) ** 0.5
+        kind = _Velocity if self.settings["prediction"] == "v_prediction" else _Epsilon
+        c_skip, c_out, c_in = kind.scalings(self, sigma)
+        return skip * alpha + out * c_skip, out * c_out, c_in
+
+    def grid(self, jumps: int) -> list[float]:
+        count = self.settings["grid_steps"]
+        if jumps > count:
+            raise ValueError(f"{jumps} steps are more than the {count} times of this student.")
+        length = len(self.levels) // count
+        times = [(count - i * count // jumps) * length - 1 for i in range(jumps)]
+        return [*(self.levels[time] for time in times), 0.0]
+
+
 class _Flow(_Edm):
     """``noise - x0`` on the straight path, at ``time_scale t`` with ``t = sigma / (1 + sigma)``."""
 
@@ -151,6 +183,7 @@ _KINDS: dict[str, type[_Edm]] = {
     "ConsistencyDenoiser": _Consistency,
     "EpsilonDenoiser": _Epsilon,
     "VelocityDenoiser": _Velocity,
+    "LatentConsistencyDenoiser": _LatentConsistency,
     "FlowDenoiser": _Flow,
 }
 
@@ -163,6 +196,9 @@ class FewStepPipeline(DiffusionPipeline):
         scheduler: Its configuration holds the variance schedule of a DDPM network. The levels to
             sample on stand in ``few_steps``, so that no other scheduler can take its place.
         conditions: Embeds what the network is conditional on, where that is more than a label.
+        vae: Makes images of what a text-to-image network samples.
+        text_encoder: Embeds its prompts.
+        tokenizer: Cuts them into tokens.
         denoiser: What the network predicts and how it is asked, a key of ``_KINDS``.
         settings: Numbers of that parameterisation.
         few_steps: ``trained``, numbers of steps; ``grids`` of levels, one for each number;
@@ -173,14 +209,17 @@ class FewStepPipeline(DiffusionPipeline):
         patch_size: Side of the squares of pixels that are one pixel to the network.
     """
 
-    _optional_components: ClassVar[list[str]] = ["conditions"]
-    model_cpu_offload_seq = "conditions->unet"
+    _optional_components: ClassVar[list[str]] = ["conditions", "vae", "text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->conditions->unet->vae"
 
     def __init__(
         self,
         unet: ModelMixin,
         scheduler: SchedulerMixin,
         conditions: ModelMixin | None = None,
+        vae: AutoencoderKL | None = None,
+        text_encoder: CLIPTextModel | None = None,
+        tokenizer: CLIPTokenizer | None = None,
         denoiser: str = "EDMDenoiser",
         settings: dict | None = None,
         few_steps: dict | None = None,
@@ -189,7 +228,14 @@ class FewStepPipeline(DiffusionPipeline):
         patch_size: int = 1,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, conditions=conditions)
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            conditions=conditions,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
         self.register_to_config(
             denoiser=denoiser,
             settings=settings,
@@ -209,6 +255,7 @@ class FewStepPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        prompt: str | list[str] | None = None,
     ) -> Any:
         """Draw images.
 
@@ -222,6 +269,8 @@ class FewStepPipeline(DiffusionPipeline):
                 image, so that an image does not depend on its batch.
             output_type: ``pil``, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W), both in [0, 1].
             return_dict: Return an object with ``images`` instead of a tuple.
+            prompt: What the images shall show, of text-to-image students only: one text, or one
+                for each image, which says how many there are.
 
         Raises:
             ValueError: If an argument does not fit the student.
@@ -232,7 +281,12 @@ class FewStepPipeline(DiffusionPipeline):
         model = _KINDS[self.config.denoiser](
             self.config.settings, self.scheduler.config.get("trained_betas")
         )
-        labels = self._labels(class_labels, batch_size, guidance_scale)
+        if isinstance(prompt, list):
+            batch_size = len(prompt)
+        prompts = self._prompts(prompt, batch_size, guidance_scale)
+        asked: Any = prompts
+        if prompts is None:
+            asked = self._labels(class_labels, batch_size, guidance_scale)
         steps = self._steps(num_inference_steps)
         levels = self._levels(model, steps)
         # The state stays in float32, whatever the network's precision.
@@ -249,7 +303,7 @@ class FewStepPipeline(DiffusionPipeline):
                 if i == 0 and few["analytical_first_step"]:
                     x0 = x - sigma * (1 + sigma**2) ** -0.5 * x
                 else:
-                    x0 = self._denoise(model, x, sigma, lower, steps, labels, guidance_scale)
+                    x0 = self._denoise(model, x, sigma, lower, steps, asked, guidance_scale)
                 x = x0 + lower / sigma * (x - x0)
                 missing = to_sigma**2 - lower**2 - model.floor**2
                 if missing > 0:
@@ -257,6 +311,9 @@ class FewStepPipeline(DiffusionPipeline):
                         x.shape, generator=generator, device=device, dtype=x.dtype
                     )
                 bar.update()
+        if self.vae is not None:
+            latents = x.to(self.vae.dtype) / self.vae.config.scaling_factor
+            x = self.vae.decode(latents).sample.float()
         images: Any = (x / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
@@ -272,10 +329,12 @@ class FewStepPipeline(DiffusionPipeline):
         sigma: float,
         to_sigma: float,
         steps: int,
-        labels: torch.Tensor | None,
+        labels: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None,
         scale: float,
     ) -> torch.Tensor:
         """Estimate ``x0`` from ``x`` (B, C, H, W) at ``sigma``, with guidance."""
+        if isinstance(labels, tuple):
+            return self._denoise_prompts(model, x, sigma, *labels, scale)
         numbers = {"to_sigma": model.time(max(to_sigma, model.sigma_min)), "steps": steps}
         c_skip, c_out, c_in = model.scalings(model.pixel_scale * sigma)
         own, patch = model.pixel_scale * x + model.pixel_shift, self.config.patch_size
@@ -302,6 +361,52 @@ class FewStepPipeline(DiffusionPipeline):
             return estimate(labels)
         null = torch.full_like(labels, self.config.null_label)
         return torch.lerp(estimate(null), estimate(labels), scale)
+
+    def _denoise_prompts(
+        self,
+        model: _Edm,
+        x: torch.Tensor,
+        sigma: float,
+        prompts: torch.Tensor,
+        empty: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """The same of a network that is conditional on prompts ``(B, L, D)``."""
+        c_skip, c_out, c_in = model.scalings(sigma)
+        time = torch.full((len(x),), model.time(sigma), device=x.device)
+        scaled = (c_in * x).to(self.unet.dtype)
+
+        def estimate(embeddings: torch.Tensor) -> torch.Tensor:
+            out = self.unet(scaled, time, embeddings.to(scaled.dtype), return_dict=False)[0]
+            return c_skip * x + c_out * out.to(x.dtype)
+
+        if empty is None:
+            return estimate(prompts)
+        return torch.lerp(estimate(empty), estimate(prompts), scale)
+
+    def _prompts(
+        self, asked: str | list[str] | None, count: int, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """One embedded prompt for each image ``(B, L, D)``, and the empty one for guidance."""
+        if self.vae is None:
+            if asked is not None:
+                raise ValueError("This student takes no prompts: leave prompt out.")
+            return None
+        if asked is None:
+            raise ValueError("This is a text-to-image student: say what to draw, prompt=...")
+        texts = asked if isinstance(asked, list) else [asked] * count
+
+        def embed(texts: list[str]) -> torch.Tensor:
+            ids = self.tokenizer(
+                texts,
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            return self.text_encoder(ids.to(self._execution_device))[0]
+
+        return embed(texts), None if scale == 1 else embed([""] * count)
 
     def _steps(self, asked: int | None) -> int:
         trained = self.config.few_steps["trained"]

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import ModelMixin, SchedulerMixin, UNet2DModel
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 
 from lit_distill.diffusion import (
     ConsistencyDenoiser,
@@ -18,6 +25,7 @@ from lit_distill.diffusion import (
     EpsilonDenoiser,
     FewSteps,
     FlowDenoiser,
+    LatentConsistencyDenoiser,
     NetworkDenoiser,
     VelocityDenoiser,
 )
@@ -25,10 +33,18 @@ from lit_distill.models.condition_embedding import ConditionEmbedding
 from lit_distill.models.mnist_unet import MNISTUNet
 from lit_distill.models.networks import UNet
 from lit_distill.models.saving import FORMAT, SIDECAR
+from lit_distill.models.text_to_image import LatentCodec, TextUNet, without_bars
 
 _CLASSES: dict[str, type[NetworkDenoiser]] = {
     cls.__name__: cls
-    for cls in (EDMDenoiser, EpsilonDenoiser, VelocityDenoiser, FlowDenoiser, ConsistencyDenoiser)
+    for cls in (
+        EDMDenoiser,
+        EpsilonDenoiser,
+        VelocityDenoiser,
+        FlowDenoiser,
+        ConsistencyDenoiser,
+        LatentConsistencyDenoiser,
+    )
 }
 _TABLE_CLASSES = {"epsilon": EpsilonDenoiser, "v_prediction": VelocityDenoiser}
 
@@ -37,26 +53,40 @@ def load_denoiser(path_or_hub_id: str | Path) -> NetworkDenoiser:
     """Read a denoiser from a diffusers folder or from the hub.
 
     Args:
-        path_or_hub_id: A local folder, or a hub id such as ``google/ddpm-cifar10-32``.
+        path_or_hub_id: A local folder, or a hub id such as ``google/ddpm-cifar10-32`` or
+            ``stable-diffusion-v1-5/stable-diffusion-v1-5``.
 
     Returns:
-        The denoiser, float32, in eval mode.
+        The denoiser, float32, in eval mode. That of a ``StableDiffusionPipeline`` works on latents
+        and is conditional on prompts, which its ``codec`` embeds.
 
     Raises:
         FileNotFoundError: If there is no such folder, or the hub cannot be reached.
         ValueError: If the folder holds no network and scheduler that this project knows.
     """
     folder = _local_folder(path_or_hub_id)
-    unet_folder = _component(folder, "unet", "config.json")
-    unet = _load_unet(unet_folder)
-    conditions = _load_conditions(unet, folder)
     sidecar_file = folder / SIDECAR
-    if sidecar_file.is_file():
-        denoiser = _from_sidecar(unet, conditions, _read_json(sidecar_file), sidecar_file)
+    sidecar = _read_json(sidecar_file) if sidecar_file.is_file() else None
+    network = _load_network(folder, sidecar or {})
+    if sidecar is not None:
+        denoiser = _from_sidecar(network, sidecar, sidecar_file)
     else:
         scheduler_folder = _component(folder, "scheduler", "scheduler_config.json")
-        denoiser = _from_scheduler(unet, conditions, scheduler_folder)
+        denoiser = _from_scheduler(network, scheduler_folder)
     return denoiser.eval()
+
+
+def load_codec(path_or_hub_id: str | Path) -> LatentCodec:
+    """Read the VAE, the text encoder and the tokenizer of a text-to-image folder, float32.
+
+    Args:
+        path_or_hub_id: As for :func:`load_denoiser`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or the hub cannot be reached.
+        ValueError: If the folder lacks one of them.
+    """
+    return _load_codec(_local_folder(path_or_hub_id))
 
 
 def _local_folder(path_or_hub_id: str | Path) -> Path:
@@ -78,10 +108,17 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # Not all of a repository: beside them may lie gigabytes of other components.
+        # Not all of a repository: beside them may lie gigabytes of other components and of the same
+        # weights in other formats.
+        index = Path(snapshot_download(name, allow_patterns=["model_index.json"]))
         wanted = ["model_index.json", SIDECAR, "unet/*", "scheduler/*", "conditions/*"]
         old_layout = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.*"]
-        return Path(snapshot_download(name, allow_patterns=wanted + old_layout))
+        left_out = ["*.fp16.*", "*non_ema*"]
+        if "text_encoder" in _read_json(index / "model_index.json"):
+            wanted += ["vae/*", "text_encoder/*", "tokenizer/*"]
+            left_out += ["*.bin", "*.msgpack"]
+        wanted += old_layout
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=left_out))
     except Exception as error:  # the client raises errors of many kinds without a common base
         raise FileNotFoundError(
             f"There is no local folder {name}, and it could not be fetched from the hub "
@@ -89,22 +126,66 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
         ) from error
 
 
-def _load_unet(folder: Path) -> UNet2DModel | MNISTUNet:
-    """The network with all its weights."""
-    class_name = _read_json(folder / "config.json").get("_class_name")
+def _load_network(folder: Path, sidecar: dict[str, Any]) -> UNet | TextUNet:
+    """The network with all its weights, and what belongs to it."""
+    unet_folder = _component(folder, "unet", "config.json")
+    class_name = _read_json(unet_folder / "config.json").get("_class_name")
+    if class_name == "UNet2DConditionModel":
+        codec = _load_codec(folder)
+        return TextUNet(_load(UNet2DConditionModel, unet_folder), codec)
+    classes, null_label = sidecar.get("num_classes"), sidecar.get("null_label")
     if class_name == MNISTUNet.__name__:
-        return _load(MNISTUNet, folder, use_safetensors=True)
+        return UNet.wrap(_load(MNISTUNet, unet_folder, use_safetensors=True), classes, null_label)
     if class_name != "UNet2DModel":
         raise ValueError(
-            f"The network in {folder} is a {class_name}; UNet2DModel is what can be loaded."
+            f"The network in {unet_folder} is a {class_name}; UNet2DModel and UNet2DConditionModel "
+            "are what can be loaded."
         )
-    unet = _load(UNet2DModel, folder)
+    unet = _load(UNet2DModel, unet_folder)
     if unet.config.out_channels != unet.config.in_channels:
         raise ValueError(
-            f"The network in {folder} has {unet.config.in_channels} channels of input and "
+            f"The network in {unet_folder} has {unet.config.in_channels} channels of input and "
             f"{unet.config.out_channels} of output: one that learned its variance cannot be used."
         )
-    return unet
+    conditions = _load_conditions(unet, folder)
+    return UNet.wrap(unet, classes, null_label, conditions, sidecar.get("patch_size", 1))
+
+
+def _load_codec(folder: Path) -> LatentCodec:
+    """The frozen parts of a text-to-image folder."""
+    from transformers import CLIPTextModel, CLIPTokenizer  # slow to import, and only needed here
+
+    config = "config.json"
+    parts = {"vae": config, "text_encoder": config, "tokenizer": "tokenizer_config.json"}
+    for name, file in parts.items():
+        if not (folder / name / file).is_file():
+            raise ValueError(
+                f"{folder} has no {name}/{file}: a text-to-image model needs {', '.join(parts)}. "
+                "Give a whole folder of a StableDiffusionPipeline."
+            )
+    vae = _load(AutoencoderKL, folder / "vae", use_safetensors=True)
+    try:
+        with without_bars():
+            loaded: Any = CLIPTextModel.from_pretrained(
+                folder / "text_encoder",
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        text_encoder, report = loaded
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"The text encoder or the tokenizer in {folder} cannot be read ({error}). Export or "
+            "download the folder again."
+        ) from error
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+        raise ValueError(
+            f"The text encoder's weights in {folder} lack {', '.join(missing[:3])}: export or "
+            "download the folder again."
+        )
+    unet = _read_json(_component(folder, "unet", config) / config)
+    return LatentCodec(vae, text_encoder, tokenizer, unet["sample_size"])
 
 
 def _load_conditions(unet: UNet2DModel | MNISTUNet, folder: Path) -> ConditionEmbedding | None:
@@ -178,12 +259,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _from_sidecar(
-    unet: UNet2DModel | MNISTUNet,
-    conditions: ConditionEmbedding | None,
-    sidecar: dict[str, Any],
-    file: Path,
-) -> NetworkDenoiser:
+def _from_sidecar(network: UNet | TextUNet, sidecar: dict[str, Any], file: Path) -> NetworkDenoiser:
     """Build what ``lit_distill.json`` describes."""
     if sidecar.get("format") != FORMAT:
         raise ValueError(
@@ -198,9 +274,7 @@ def _from_sidecar(
     name = sidecar.get("denoiser")
     if name not in _CLASSES:
         raise ValueError(f"{file} names the denoiser {name!r}; known are {', '.join(_CLASSES)}.")
-    classes, null_label = sidecar.get("num_classes"), sidecar.get("null_label")
     try:
-        network = UNet.wrap(unet, classes, null_label, conditions, sidecar.get("patch_size", 1))
         denoiser = _CLASSES[name](network, **sidecar.get("settings", {}))
         few_steps = sidecar.get("few_steps")
         denoiser.few_steps = None if few_steps is None else FewSteps(**few_steps)
@@ -209,11 +283,9 @@ def _from_sidecar(
     return denoiser
 
 
-def _from_scheduler(
-    unet: UNet2DModel | MNISTUNet, conditions: ConditionEmbedding | None, folder: Path
-) -> NetworkDenoiser:
+def _from_scheduler(network: UNet | TextUNet, folder: Path) -> NetworkDenoiser:
     """Build what a foreign scheduler's configuration describes."""
-    scheduler, network = _scheduler(folder), UNet.wrap(unet, conditions=conditions)
+    scheduler = _scheduler(folder)
     config, name = scheduler.config, type(scheduler).__name__
     if any(config.get(key) for key in ("clip_sample", "clip_denoised", "thresholding")):
         warnings.warn(
@@ -240,6 +312,16 @@ def _from_scheduler(
             f"The scheduler in {folder} says prediction_type={prediction!r}; "
             f"{', '.join(_TABLE_CLASSES)} are known."
         )
+    if name == "LCMScheduler":
+        student = LatentConsistencyDenoiser(
+            network,
+            betas=scheduler.betas,
+            prediction=prediction,
+            grid_steps=config.original_inference_steps,
+            time_scaling=config.timestep_scaling,
+        )
+        student.few_steps = FewSteps(trained=(4, 1, 2, 8), gamma=1.0)
+        return student
     return _TABLE_CLASSES[prediction](network, betas=scheduler.betas)
 
 

@@ -22,6 +22,14 @@ from torch import Tensor, nn
 
 from lit_distill.diffusion import Condition, Denoiser, NetworkDenoiser
 
+_OF_THE_BACKBONE = (
+    "image_shape",
+    "num_classes",
+    "null_label",
+    "inputs",
+    "codec",
+    "feature_layers",
+)
 _SLOT = "default"  # peft's name of the one adapter whose tensors change places
 _BASE = "base_model.model."  # peft's prefix of an adapter's tensors in files
 
@@ -78,7 +86,7 @@ class AdaptedNetwork(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """What a denoiser asks of its network is the backbone's, such as its image's shape."""
-        if name in ("image_shape", "num_classes", "null_label", "inputs", "feature_layers"):
+        if name in _OF_THE_BACKBONE:
             return getattr(self.backbone, name)
         return super().__getattr__(name)
 
@@ -145,7 +153,8 @@ def merged(denoiser: Denoiser) -> Denoiser:
 def save_adapter(denoiser: Denoiser, folder: str | Path) -> None:
     """Write a model's adapter in peft's format, whole or not at all.
 
-    ``peft.PeftModel.from_pretrained(unet, folder)`` puts it on the teacher's ``unet``.
+    ``peft.PeftModel.from_pretrained(unet, folder)`` puts it on the teacher's ``unet``. That of a
+    text-to-image model is loaded by ``pipe.load_lora_weights(folder)`` too.
 
     Args:
         denoiser: A model with an adapter.
@@ -177,11 +186,24 @@ def save_adapter(denoiser: Denoiser, folder: str | Path) -> None:
             target_modules=sorted(layers),
         )
         config.save_pretrained(str(draft))
+        if getattr(network, "codec", None) is not None:
+            _save_for_pipelines(state, config, draft)
         draft.chmod(0o755)
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _save_for_pipelines(state: dict[str, Tensor], config: Any, folder: Path) -> None:
+    """Write the file that ``pipe.load_lora_weights(folder)`` of a text-to-image pipeline reads."""
+    from diffusers import StableDiffusionPipeline
+
+    layers = {name.removeprefix(_BASE): tensor for name, tensor in state.items()}
+    facts = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=facts
+    )
 
 
 def _prepare(network: nn.Module, lora: LoRA) -> None:

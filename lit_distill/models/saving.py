@@ -24,6 +24,8 @@ from diffusers import (
     DiffusionPipeline,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
     UNet2DModel,
 )
 
@@ -34,12 +36,14 @@ from lit_distill.diffusion import (
     EpsilonDenoiser,
     FewSteps,
     FlowDenoiser,
+    LatentConsistencyDenoiser,
     VelocityDenoiser,
 )
 from lit_distill.models.condition_embedding import ConditionEmbedding
 from lit_distill.models.few_step_pipeline import FewStepPipeline
 from lit_distill.models.lora import merged
 from lit_distill.models.mnist_unet import MNISTUNet
+from lit_distill.models.text_to_image import TextUNet, without_bars
 
 SIDECAR = "lit_distill.json"
 FORMAT = 1
@@ -55,7 +59,7 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
     ``DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)``.
 
     Args:
-        denoiser: A network's denoiser with a :class:`UNet`.
+        denoiser: A network's denoiser with a :class:`UNet` or a :class:`TextUNet`.
         folder: Where to; what is there is replaced once the new folder is complete.
 
     Raises:
@@ -78,7 +82,8 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        pipeline.save_pretrained(draft, safe_serialization=True)
+        with without_bars():
+            pipeline.save_pretrained(draft, safe_serialization=True)
         if isinstance(pipeline, FewStepPipeline):
             _add_code(draft, pipeline)
         (draft / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n")
@@ -131,6 +136,8 @@ def _add_code(folder: Path, pipeline: FewStepPipeline) -> None:
 def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
     """The pipeline that samples this denoiser: a stock one where there is one."""
     network: Any = getattr(denoiser, "network", None)
+    if isinstance(network, TextUNet):
+        return _text_pipeline(denoiser, network)
     unet = getattr(network, "unet", None)
     if not isinstance(unet, UNet2DModel | MNISTUNet):
         raise ValueError(
@@ -141,6 +148,15 @@ def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
     plain = isinstance(unet, UNet2DModel) and network.patch_size == 1
     if plain and _stock_samples_alike(denoiser):
         return stock(unet, scheduler)
+    return _few_step_pipeline(
+        denoiser, unet, scheduler, conditions=getattr(network, "conditions", None)
+    )
+
+
+def _few_step_pipeline(
+    denoiser: Denoiser, unet: Any, scheduler: Any, **components: Any
+) -> FewStepPipeline:
+    """The pipeline that brings its own code."""
     few = denoiser.few_steps
     # What is no student takes any number of steps.
     sampling = asdict(FewSteps((1,))) | {"trained": ()} if few is None else asdict(few)
@@ -148,13 +164,39 @@ def _pipeline(denoiser: Denoiser) -> DiffusionPipeline:
     return FewStepPipeline(
         unet,
         scheduler,
-        getattr(network, "conditions", None),
+        **components,
         denoiser=type(denoiser).__name__,
         settings=settings,
         few_steps=sampling,
         num_classes=denoiser.num_classes,
         null_label=denoiser.null_label,
-        patch_size=network.patch_size,
+        patch_size=getattr(denoiser.network, "patch_size", 1),
+    )
+
+
+def _text_pipeline(denoiser: Denoiser, network: TextUNet) -> DiffusionPipeline:
+    """An ordinary text-to-image pipeline."""
+    if isinstance(denoiser, LatentConsistencyDenoiser):
+        scheduler, alike = _lcm_scheduler(denoiser), _as_lcm(denoiser)
+    else:
+        (_, scheduler), alike = _stock(denoiser), _stock_samples_alike(denoiser)
+    codec = network.codec
+    frozen = {
+        "vae": codec.vae,
+        "text_encoder": codec.text_encoder,
+        "tokenizer": codec.tokenizer,
+    }
+    if not alike:
+        return _few_step_pipeline(denoiser, network.unet, scheduler, **frozen)
+    if isinstance(scheduler, DDIMScheduler):  # the pipeline asks for it; trailing times ignore it
+        scheduler.register_to_config(steps_offset=1)
+    return StableDiffusionPipeline(
+        **frozen,
+        unet=network.unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -164,6 +206,8 @@ def _stock(denoiser: Denoiser) -> tuple[type[DiffusionPipeline], Any]:
         if denoiser.time_scale != _CONSISTENCY_TIME_SCALE:  # no stock pipeline asks at such times
             return DDPMPipeline, _edm_scheduler(denoiser)
         return ConsistencyModelPipeline, _consistency_scheduler(denoiser)
+    if isinstance(denoiser, LatentConsistencyDenoiser):
+        return DDIMPipeline, _lcm_scheduler(denoiser)
     if isinstance(denoiser, EpsilonDenoiser | VelocityDenoiser):
         return DDIMPipeline, _ddim_scheduler(denoiser)
     if isinstance(denoiser, FlowDenoiser):
@@ -177,6 +221,8 @@ def _stock_samples_alike(denoiser: Denoiser) -> bool:
     A teacher is sampled by any solver, so that its pipeline need not be right but for its network.
     """
     few = denoiser.few_steps
+    if isinstance(denoiser, LatentConsistencyDenoiser):
+        return False  # but of latents, which is settled elsewhere
     if denoiser.inputs:  # a stock pipeline tells a network its time and its label only
         return False
     if getattr(denoiser, "image_range", (-1, 1)) != (-1, 1):  # and it expects no other
@@ -231,6 +277,25 @@ def _consistency_scheduler(denoiser: EDMDenoiser) -> CMStochasticIterativeSchedu
 
 def _edm_scheduler(denoiser: EDMDenoiser) -> EDMEulerScheduler:
     return EDMEulerScheduler(denoiser.sigma_min, denoiser.sigma_max, denoiser.sigma_data)
+
+
+def _as_lcm(denoiser: LatentConsistencyDenoiser) -> bool:
+    """Whether a student jumps to the end and back up, at the times of diffusers' scheduler."""
+    few = denoiser.few_steps
+    again = few is not None and (few.gamma == 1 or few.trained == (1,))
+    return again and few is not None and all(_own_grid(denoiser, n) for n in few.trained)
+
+
+def _lcm_scheduler(denoiser: LatentConsistencyDenoiser) -> LCMScheduler:
+    return LCMScheduler(
+        num_train_timesteps=len(denoiser.betas),
+        trained_betas=denoiser.betas.tolist(),
+        prediction_type=denoiser.prediction,
+        original_inference_steps=denoiser.grid_steps,
+        timestep_scaling=denoiser.time_scaling,
+        steps_offset=1,  # the pipeline asks for it; these times ignore it
+        clip_sample=False,
+    )
 
 
 def _ddim_scheduler(denoiser: EpsilonDenoiser | VelocityDenoiser) -> DDIMScheduler:

@@ -76,7 +76,8 @@ def test_manifest_names_the_settings_and_checksums(whole):
     manifest = json.loads((whole / "manifest.json").read_text())
     shards = manifest.pop("shards")
     assert manifest == {
-        "format": 1, "teacher": "a" * 64, "solver": "heun", "steps": 18, "nfe": 35,
+        "format": 1, "teacher": "a" * 64, "solver": "heun", "guidance": 1.0,
+        "steps": 18, "nfe": 35,
         "sigma_min": 0.002, "sigma_max": 80.0, "seed": 0, "dtype": "float32",
         "image_shape": [1, 8, 8], "num_classes": 10, "num_pairs": 42, "shard_size": 8,
         "complete": True, "trajectory": None,

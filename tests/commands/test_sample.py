@@ -6,6 +6,7 @@ import torch
 from ended import Command
 from PIL import Image
 from small_teacher import export
+from small_text import text_folder
 
 from lit_distill.diffusion import (
     FewSteps,
@@ -29,6 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "jumps": export(root / "jumps", few_steps=JUMPS),
         "strict": export(root / "strict", few_steps=FewSteps((2, 4), only=True)),
         "unconditional": export(root / "unconditional", classes=None),
+        "text": Path(text_folder(root / "text")),
     }
 
 
@@ -55,6 +57,22 @@ def test_arrays_are_the_samples_of_the_seeds(command: Command, folders: dict[str
     torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), atol=1e-6, rtol=0)
     assert expected.abs().max() > 0.1  # the comparison is of images, not of grey
     assert "NFE 6" in ended.out  # Heun: 3 evaluations for 2 steps, and guidance doubles them
+
+
+@torch.no_grad()
+def test_prompts_are_drawn_in_turn_and_decoded(command: Command, folders: dict[str, Path]) -> None:
+    options = ("--prompts", "a handwritten seven", "zero", "--num-images", 3, "--steps", 2)
+    options = (*options, "--guidance", 3, "--solver", "ddim", "--out", "x.npz")
+    ended = command("sample", folders["text"], *options)
+    assert ended.status == 0, ended.err
+    model = load_denoiser(folders["text"])
+    assert model.codec is not None
+    condition = model.codec.condition(["a handwritten seven", "zero", "a handwritten seven"])
+    noise = seeded_noise((4, 4, 4), range(3))
+    x = sample(GuidedDenoiser(model, 3.0), noise, steps=2, solver="ddim", condition=condition)
+    found = torch.from_numpy(drawn(Path("x.npz"))["images"]).permute(0, 3, 1, 2)
+    assert found.shape == (3, 1, 16, 16) and "NFE 4" in ended.out
+    torch.testing.assert_close(found, (model.decode(x) / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
 
 
 def test_an_image_does_not_depend_on_the_batch_it_is_in(
@@ -158,6 +176,9 @@ def test_nothing_but_the_file_is_written(command: Command, folders: dict[str, Pa
         ("jumps", ["--gamma", "1", "--solver", "heun"], "--solver heun takes their place"),
         ("unconditional", ["--labels", "all"], "this model is unconditional"),
         ("unconditional", ["--guidance", "2"], "this model is unconditional"),
+        ("text", [], "This is a text-to-image model: say what to draw"),
+        ("text", ["--labels", "1", "--prompts", "zero"], "this model is unconditional"),
+        ("teacher", ["--prompts", "zero"], "--prompts: this model takes no prompts"),
         ("nowhere/at/all", [], "There is no folder nowhere/at/all"),
     ],
 )

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from sklearn.datasets import load_digits
 
@@ -14,6 +15,14 @@ def test_digits_are_all_1797_split_by_blocks():
     assert torch.equal(images[:, 0], (original * 255 / 16).round().to(torch.uint8))
     assert torch.equal((images[:, 0].double() * 16 / 255).round(), original)  # nothing is lost
     assert labels.tolist() == load_digits().target.tolist()
+
+
+def test_a_pixel_becomes_a_square():
+    large, _ = DigitsDataModule(scale=3).images("val")
+    small, _ = DigitsDataModule().images("val")
+    assert torch.equal(large, small.repeat_interleave(3, 2).repeat_interleave(3, 3))
+    with pytest.raises(ValueError, match="scale=0"):
+        DigitsDataModule(scale=0)
 
 
 def test_batches_of_digits():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from lit_distill.losses import DISTANCES, L1, L2, LPIPS, Distance, PseudoHuber, as_distance
+from lit_distill.losses import DISTANCES, L1, L2, LPIPS, Distance, Huber, PseudoHuber, as_distance
 
 ARCHITECTURES = {"alex": torchvision.models.alexnet, "squeeze": torchvision.models.squeezenet1_1}
 
@@ -44,9 +44,11 @@ def test_plain_distances_are_their_formulas():
     assert torch.allclose(L1()(x, y).double(), difference.abs().mean(1))
     assert torch.allclose(PseudoHuber()(x, y).double(), (norm + c**2).sqrt() - c)
     assert torch.allclose(PseudoHuber(0.5)(x, y).double(), (norm + 0.25).sqrt() - 0.5)
+    each = ((difference.square() + 0.01).sqrt() - 0.1).mean(1)
+    assert torch.allclose(Huber(0.1)(x, y).double(), each)
 
 
-@pytest.mark.parametrize("distance", [L1(), L2(), PseudoHuber(), PseudoHuber(10.0)])
+@pytest.mark.parametrize("distance", [L1(), L2(), Huber(), PseudoHuber(), PseudoHuber(10.0)])
 @pytest.mark.parametrize("shape", [(3, 2), (3, 1, 8, 8)])
 def test_plain_distances_are_distances(distance, shape):
     x, y = images(*shape), images(*shape, seed=1)
@@ -70,6 +72,8 @@ def test_pseudo_huber_does_not_cancel_near_zero():
 def test_pseudo_huber_without_a_constant_is_refused(c):
     with pytest.raises(ValueError, match=f"c={c}"):
         PseudoHuber(c)
+    with pytest.raises(ValueError, match=f"c={c}"):
+        Huber(c)
 
 
 @pytest.mark.parametrize("distance", [L1(), L2(), PseudoHuber()])
@@ -85,12 +89,12 @@ def test_names_make_distances():
     assert as_distance("l2").__class__ is L2 and as_distance("pseudo_huber").c is None
     own = PseudoHuber(0.1)
     assert as_distance(own) is own
-    assert {"lpips", "l2", "l1", "pseudo_huber"} == set(DISTANCES)
+    assert {"lpips", "l2", "l1", "huber", "pseudo_huber"} == set(DISTANCES)
     assert all(issubclass(kind, Distance) for kind in DISTANCES.values())
 
 
 def test_an_unknown_name_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"distance='ssim'.*lpips, l2, l1, pseudo_huber"):
+    with pytest.raises(ValueError, match=r"distance='ssim'.*lpips, l2, l1, huber, pseudo_huber"):
         as_distance("ssim")
 
 

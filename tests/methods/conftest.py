@@ -2,7 +2,7 @@ import warnings
 from contextlib import contextmanager
 
 import pytest
-from tiny import denoiser, teacher_module, trainer
+from tiny import denoiser, epsilon, teacher_module, trainer
 
 from lit_distill.callbacks import PairWriter
 from lit_distill.datamodules import DigitsDataModule
@@ -35,9 +35,10 @@ def quiet_and_seeded(monkeypatch):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with a teacher and 88 pairs that it made: 11 batches of 8."""
+    """A folder with a teacher, 88 pairs that it made: 11 batches of 8; and a DDPM teacher."""
     folder = tmp_path_factory.mktemp("world")
     save_denoiser(denoiser(), folder / "teacher")
+    save_denoiser(epsilon(), folder / "epsilon")
     data = DigitsDataModule(predict_samples=88, predict_batch_size=30)
     with without_known_warnings():
         trainer(folder, PairWriter(str(folder / "pairs"))).predict(teacher_module(), data)

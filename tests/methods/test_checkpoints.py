@@ -31,11 +31,11 @@ def test_round_trip_of_a_command_line_run(method, tmp_path, world):
     assert module.ema_decay == 0.999 and int(module.ema.n_averaged) == METHODS[method].after(3)[-1]
     exported = load_denoiser(tmp_path / "run" / "pipeline")
     assert exported.fingerprint() == merged(module.network).fingerprint()
-    assert exported.fingerprint() != load_denoiser(world / "teacher").fingerprint()
+    assert exported.fingerprint() != load_denoiser(world / METHODS[method].teacher).fingerprint()
     again = kind.load_from_checkpoint(path, weights_only=True)
     assert torch.equal(samples(module), samples(again))
     if module.teacher is not None:
-        expected = load_denoiser(world / "teacher").fingerprint()
+        expected = load_denoiser(world / METHODS[method].teacher).fingerprint()
         assert (module.teacher.original or module.teacher.fingerprint()) == expected
 
 

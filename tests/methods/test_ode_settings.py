@@ -21,7 +21,7 @@ from torchvision.models import squeezenet1_1
 
 from lit_distill.callbacks import PairWriter
 from lit_distill.datamodules import DigitsDataModule, PairsDataModule
-from lit_distill.diffusion import EpsilonDenoiser, GaussianMixtureDenoiser
+from lit_distill.diffusion import EpsilonDenoiser, FlowDenoiser, GaussianMixtureDenoiser
 from lit_distill.losses import LPIPS
 from lit_distill.methods import (
     SFD,
@@ -118,8 +118,8 @@ def test_boundaries_that_cannot_work(boundaries, words):
 
 @pytest.mark.parametrize("kind", [*CONSISTENCY, ConsistencyTraining])
 def test_consistency_models_have_edms_scalings(kind):
-    other = EpsilonDenoiser(denoiser().network)
-    words = "needs EDM's scalings, and a EpsilonDenoiser has others.*EDMDenoiser"
+    other = FlowDenoiser(denoiser().network)
+    words = "needs EDM's scalings, and a FlowDenoiser has others.*EDMDenoiser"
     with pytest.raises(ValueError, match=words):
         kind(other, distance="l2")
 

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_distill.datamodules import DigitsDataModule
-from lit_distill.diffusion import EDMDenoiser, FlowDenoiser, seeded_noise
+from lit_distill.diffusion import EDMDenoiser, EpsilonDenoiser, FlowDenoiser, seeded_noise
 from lit_distill.methods import (
     DMD,
     DMD2,
@@ -31,6 +31,7 @@ from lit_distill.methods import (
     DistillationModule,
     FlowDistillation,
     KnowledgeDistillation,
+    LatentConsistencyDistillation,
     MeanFlow,
     MultiBoundaryConsistencyDistillation,
     ProgressiveDistillation,
@@ -61,6 +62,11 @@ def denoiser(seed: int = 0, **network: Any) -> EDMDenoiser:
 def flow(seed: int = 0, **network: Any) -> FlowDenoiser:
     """The same network, taken for a flow's."""
     return FlowDenoiser(denoiser(seed, **network).network)
+
+
+def epsilon(seed: int = 0, **network: Any) -> EpsilonDenoiser:
+    """The same network, taken for a DDPM's."""
+    return EpsilonDenoiser(denoiser(seed, **network).network)
 
 
 class Digits(DigitsDataModule):
@@ -101,12 +107,15 @@ ALTERNATING = "ddp_find_unused_parameters_true"
 JUDGED = {"adversarial_weight": 1.0, "discriminator_weight": 1.0}
 DMD2_MORE = {**JUDGED, "features": "teacher", "adversarial_loss": "hinge", "r1_weight": 1.0}
 ADD = {"distillation_weight": 1.0, "steps": 2, "adversarial_loss": "softplus"}
-FLOW_YAML = {
-    "class_path": "lit_distill.diffusion.FlowDenoiser",
-    "init_args": {"network": {"class_path": "lit_distill.models.UNet", "init_args": NETWORK}},
+NETWORK_YAML = {"network": {"class_path": "lit_distill.models.UNet", "init_args": NETWORK}}
+FLOW_YAML = {"class_path": "lit_distill.diffusion.FlowDenoiser", "init_args": NETWORK_YAML}
+
+
+START: dict[type[DistillationModule], Callable[[], Any]] = {
+    RectifiedFlow: flow,
+    FlowDistillation: flow,
+    LatentConsistencyDistillation: epsilon,
 }
-
-
 WITHOUT_DISTANCE = (ProgressiveDistillation, RectifiedFlow, Reflow, MeanFlow)
 
 
@@ -115,7 +124,7 @@ def module(kind: type[DistillationModule], **options: Any) -> DistillationModule
     plain = {"distance": "l2"} if kind not in WITHOUT_DISTANCE else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)  # what a student takes beside its teacher's weights starts at random
-        start = flow() if kind in (RectifiedFlow, FlowDistillation) else denoiser()
+        start = START.get(kind, denoiser)()
         return kind(start, **{**plain, "optimizer": adam, **options})
 
 
@@ -132,6 +141,7 @@ class Row:
         updates: Student updates of the first batches; of all further ones, the last of these.
         renewed: Student updates after which average, optimizer and schedule start anew.
         precise: Whether a part of its step runs in float32 whatever the precision.
+        teacher: Name of the folder of its teacher.
     """
 
     make: Callable[..., DistillationModule]
@@ -142,6 +152,7 @@ class Row:
     updates: tuple[int, ...] = (1,)
     renewed: tuple[int, ...] = ()
     precise: bool = False
+    teacher: str = "teacher"
 
     def after(self, limit: int) -> list[int]:
         """Student updates after each batch of a run with ``max_steps=limit``."""
@@ -234,6 +245,17 @@ METHODS = {
     "cd_ema": _row(ConsistencyDistillation, {**CD, "target": "ema"}, follows=("average",)),
     "ct": _row(ConsistencyTraining, {"stage_updates": 3}),
     "multi_boundary": _row(MultiBoundaryConsistencyDistillation, {**CD, "boundaries": 2}),
+    "lcm": _row(
+        LatentConsistencyDistillation,
+        {"target": "ema"},
+        follows=("average",),
+        teacher="epsilon",
+    ),
+    "lcm_lora": Row(
+        partial(module, LatentConsistencyDistillation, lora=LoRA(rank=2)),
+        partial(_yaml, kind=LatentConsistencyDistillation, lora={"rank": 2}),
+        teacher="epsilon",
+    ),
     "ctm": _row(ConsistencyTrajectory, CTM, follows=("average",)),
     "rectified_flow": _row(RectifiedFlow),
     "reflow": _row(Reflow, on_pairs=True),
@@ -286,7 +308,7 @@ def write_config(path: Path, root: Path, method: str, world: Path, **options: An
         path: Where to write it.
         root: The run folder.
         method: A key of :data:`METHODS`.
-        world: Folder with ``teacher/`` and ``pairs/``.
+        world: Folder with ``teacher/``, ``epsilon/`` and ``pairs/``.
         options: Of the trainer.
     """
     row = METHODS[method]
@@ -305,7 +327,7 @@ def write_config(path: Path, root: Path, method: str, world: Path, **options: An
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    config = {"trainer": {**run, **options}, "model": row.model(world / "teacher"), "data": data}
+    config = {"trainer": {**run, **options}, "model": row.model(world / row.teacher), "data": data}
     path.write_text(yaml.safe_dump(config))
     return path
 

@@ -51,6 +51,14 @@ def test_digits_accuracy_on_new_writers() -> None:
     assert correct.double().mean() >= 0.97
 
 
+def test_larger_digits_are_seen_as_their_own_size() -> None:
+    images, _ = digits(slice(0, 20))
+    large = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(DigitsExtractor(scale=2)(large), DigitsExtractor()(images))
+    with pytest.raises(ValueError, match="scale=0"):
+        DigitsExtractor(scale=0)
+
+
 def test_mnist_accuracy() -> None:
     if not os.environ.get("LIT_DISTILL_DATA"):
         pytest.skip("LIT_DISTILL_DATA does not name a folder with mnist/")

@@ -37,13 +37,19 @@ def main(jobs: str, out: str) -> None:
     # A CPU torch cannot import the default torchvision, and diffusers does without. Where the two
     # fit each other, this line is not needed.
     sys.modules["torchvision"] = None  # type: ignore[assignment]
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, LCMScheduler
+    from diffusers.utils import logging
 
     torch.set_num_threads(1)
     images = {}
     for name, job in json.loads(Path(jobs).read_text()).items():
         pipeline = DiffusionPipeline.from_pretrained(job["folder"], **job.get("loading", {}))
         pipeline.set_progress_bar_config(disable=True)
+        if "adapter" in job:
+            pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+            logging.set_verbosity_error()  # it tells that there is none of the text encoder
+            pipeline.load_lora_weights(job["adapter"])
+            logging.set_verbosity_warning()
         generators = [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
         options = {"generator": generators, "output_type": "np", **job["options"]}
         images[f"{name}/pipeline"] = type(pipeline).__name__

@@ -229,7 +229,10 @@ DAMAGES = {
     "has no unet/config.json": lambda f: shutil.rmtree(f / "unet"),
     "config.json is damaged": lambda f: (f / "unet" / "config.json").write_text('{"a":'),
     "it holds no object": lambda f: (f / "unet" / "config.json").write_text("[1]"),
-    "is a UNet2DConditionModel": lambda f: rewrite(
+    "is a UNet3DConditionModel": lambda f: rewrite(
+        f / "unet" / "config.json", _class_name="UNet3DConditionModel"
+    ),
+    "has no vae/config.json": lambda f: rewrite(
         f / "unet" / "config.json", _class_name="UNet2DConditionModel"
     ),
     "does not fit its config.json": lambda f: rewrite(
@@ -304,7 +307,7 @@ def test_a_hub_id_without_a_network_is_named(monkeypatch):
 def test_a_hub_id_is_fetched_without_its_other_components(monkeypatch, good):
     asked = {}
 
-    def fetch(name, allow_patterns):
+    def fetch(name, allow_patterns, ignore_patterns=()):
         asked[name] = allow_patterns
         return str(good)
 
