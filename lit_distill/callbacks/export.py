@@ -102,8 +102,9 @@ class ExportPipeline(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the model cards; the module has closed its books by then."""
+        spent = getattr(pl_module, "teacher_evaluations", None)
         for folder, updates in self._exported.items():
-            _write_card(folder, trainer, pl_module, updates, pl_module.teacher_evaluations)
+            _write_card(folder, trainer, pl_module, updates, spent)
         self._exported = {}
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,8 +150,9 @@ def _write_card(
     teacher, data = arguments.get("teacher"), getattr(trainer, "datamodule", None)
     few = cast(Denoiser, module.network).few_steps
     jumps = "the student's own jumps"
-    if few is not None and max(few.trained) > 1:
-        jumps += f", with a share {few.gamma:g} of fresh noise between them"
+    if few is not None and few.gamma > 0 and max(few.trained) > 1:
+        share = "" if few.gamma == 1 else f" (a share of {few.gamma:g})"
+        jumps += f", with fresh noise{share} between them"
     solver = getattr(module, "solver", None) or ("heun" if few is None else jumps)
     steps = [getattr(module, "steps", 1)] if few is None else few.trained
     facts = {
@@ -166,7 +168,7 @@ def _write_card(
         facts["Teacher"] = f"`{_without_root(teacher)}`"
     if updates not in (None, trainer.global_step):
         facts["Student updates"] += f", of which these weights, the best, had {updates:,}"
-    if teacher_evaluations is not None:
+    if teacher is not None and teacher_evaluations is not None:
         facts["Teacher evaluations"] = f"{teacher_evaluations:,}"
     written = write_card(
         folder,
@@ -189,16 +191,14 @@ def _data(data: Any) -> str:
 
 
 def _settings(module: LightningModule, arguments: Mapping[str, Any]) -> str:
-    """The plain arguments that are not a method's defaults, on one line."""
-    defaults = inspect.signature(type(module).__init__).parameters
-    named = {
-        name: _plain(value)
-        for name, value in arguments.items()
-        if name in defaults and name != "teacher" and value != defaults[name].default
-    }
-    same = {name: _plain(defaults[name].default) for name in named}  # a list for a tuple, as YAML
-    told = [f"{k}={v}" for k, v in named.items() if v is not None and v != same[k]]
-    return f"`{', '.join(told)}`" if told else "none"
+    """The plain arguments that are not a method's defaults, one a line."""
+    usual: dict[str, str | None] = {}
+    for kind in reversed(type(module).__mro__):  # a method hands further arguments to its base
+        parameters = inspect.signature(cast(Any, kind).__init__).parameters.values()
+        usual |= {parameter.name: _plain(parameter.default) for parameter in parameters}
+    texts = {k: _plain(v) for k, v in arguments.items() if k in usual and k != "teacher"}
+    told = {k: text for k, text in texts.items() if text not in (None, usual[k])}
+    return "".join(f"\n  - `{name} = {text}`" for name, text in told.items()) or "none"
 
 
 def _plain(value: Any) -> str | None:
@@ -207,15 +207,16 @@ def _plain(value: Any) -> str | None:
         return _without_root(value)
     if isinstance(value, bool | int | float):
         return f"{value:g}" if isinstance(value, float) else str(value)
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple):  # a default's tuple is a list in YAML
         parts = [_plain(part) for part in value]
         return None if None in parts else f"[{', '.join(map(str, parts))}]"
     if not isinstance(value, dict):
         return None
-    inner = value.get("init_args", {}) if "class_path" in value else value
-    texts = {k: _plain(v) for k, v in inner.items() if v is not None and v is not False}
-    name = str(value.get("class_path", "")).rpartition(".")[2]
-    return f"{name}({', '.join(f'{k}={v}' for k, v in texts.items() if v is not None)})"
+    path = value.get("class_path", "")
+    inner = value.get("init_args") or {} if path else value
+    texts = {k: _plain(v) for k, v in inner.items() if v is not False}
+    told = [f"{k}={text}" for k, text in texts.items() if text is not None]
+    return f"{path.rpartition('.')[2]}({', '.join(told)})"
 
 
 def _without_root(path: str) -> str:

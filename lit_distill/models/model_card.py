@@ -17,6 +17,7 @@ from lit_distill.models.saving import CARD, MARKER, SIDECAR, has_own_card
 
 _OWN = "lit_distill"  # our key in the card's front matter
 _LICENSE = ("license", "license_name", "license_link")
+_PROMPT = "a photo of a cat"
 _UNMEASURED = "None were measured on these weights."
 
 
@@ -33,7 +34,7 @@ def write_card(
     Args:
         folder: A diffusers folder.
         method: What it was trained by; None where that is not known.
-        facts: The recipe: one line of text for each heading.
+        facts: The recipe: a text for each heading.
         teacher: Folder or hub id of the teacher that it comes from, if it comes from one.
         student_updates: Updates that its weights had, by which numbers are known to be of them.
 
@@ -45,27 +46,30 @@ def write_card(
         return False
     index = json.loads((folder / "model_index.json").read_text())
     terms = {} if teacher is None else _license_of(teacher)
-    lines = [f"- **{name}**: {text}" for name, text in (facts or {}).items()]
+    lines = [f"- **{name}**: {text}".replace(": \n", ":\n") for name, text in (facts or {}).items()]
     recipe = "\n".join(lines) or "Not recorded: this folder was not exported by a training run."
     steps = (_sidecar(folder).get("few_steps") or {}).get("trained", ())
     title = method or "A diffusion model"
     if steps:
-        title += f", {' or '.join(map(str, sorted(steps)))} step{'s' * (max(steps) > 1)}"
+        *others, last = map(str, sorted(steps))
+        title += f", {', '.join(others)}{' or ' if others else ''}{last} step{'s' * (last != '1')}"
     hub_id = teacher is not None and not Path(teacher).exists() and teacher.count("/") == 1
+    known = student_updates is not None
+    own: dict[str, Any] = {_OWN: {"student_updates": student_updates}} if known else {}
     data = ModelCardData(
-        **terms,
         library_name="diffusers",
-        pipeline_tag="text-to-image" if "tokenizer" in index else "unconditional-image-generation",
+        pipeline_tag="text-to-image" if _takes_prompts(index) else "unconditional-image-generation",
         tags=["lit_distill", *(["distillation"] if steps else [])],
         base_model=teacher if hub_id else None,
         ignore_metadata_errors=True,
-        **{_OWN: {"student_updates": student_updates}},
+        **terms,
+        **own,
     )
     text = "\n\n".join(
         [
             MARKER,
             f"# {title}",
-            "Trained with lit_distill (diffusion distillation on PyTorch Lightning).",
+            "Exported with lit_distill (diffusion distillation on PyTorch Lightning).",
             f"## Recipe\n\n{recipe}",
             f"## Numbers\n\n{_UNMEASURED}",
             f"## Use\n\n{_usage(folder, None)}",
@@ -148,18 +152,16 @@ def _usage(folder: Path, name: str | None) -> str:
     kind, own_code = index["_class_name"], isinstance(index["_class_name"], list)
     labels = sidecar.get("num_classes") is not None
     where = f'"{name or "."}"' + ("" if name else "  # this folder")
-    ours = (
-        f"`lit-distill sample {name or '.'} --num-images 16 --out samples.png` draws from it "
-        f"{'too' if steps or own_code else ''}".rstrip()
-    )
+    asked = f'--prompts "{_PROMPT}"' if _takes_prompts(index) else "--num-images 16"
+    ours = f"`lit-distill sample {name or '.'} {asked} --out samples.png` draws from it"
     if not steps and not own_code and _needs_a_solver(kind, index, labels):
         return f"It is a teacher, whose network a `{kind}` opens but does not sample well. {ours}."
     arguments = ["class_labels=[0]"] if labels else []
-    if "tokenizer" in index:
-        arguments.append('prompt="a photo of a cat"')
+    if _takes_prompts(index):
+        arguments.append(f'prompt="{_PROMPT}"')
     arguments.append(f"num_inference_steps={steps[0] if steps else 50}")
     note = ""
-    if steps and "tokenizer" in index:
+    if steps and _takes_prompts(index):
         arguments.append("guidance_scale=1.0")
         if _takes_guidance(folder):
             arguments[-1] = "guidance_scale=3.0"
@@ -177,7 +179,7 @@ def _usage(folder: Path, name: str | None) -> str:
     )
     if own_code:
         note += "`pipeline.py` in the folder needs torch and diffusers only; read it first. "
-    return f"```python\n{code}\n```\n\n{note}{ours}."
+    return f"```python\n{code}\n```\n\n{note}{ours} too."
 
 
 def _needs_a_solver(kind: str, index: Mapping[str, Any], labels: bool) -> bool:
@@ -188,6 +190,11 @@ def _needs_a_solver(kind: str, index: Mapping[str, Any], labels: bool) -> bool:
         or scheduler == "EDMEulerScheduler"  # DDPMPipeline does not scale its input
         or (labels and kind in ("DDIMPipeline", "DDPMPipeline"))  # they pass no labels
     )
+
+
+def _takes_prompts(index: Mapping[str, Any]) -> bool:
+    """Whether a pipeline has a text encoder; one that may have one names it in any case."""
+    return index.get("text_encoder", [None])[0] is not None
 
 
 def _takes_guidance(folder: Path) -> bool:

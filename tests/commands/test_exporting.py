@@ -59,11 +59,11 @@ def run(command: Command) -> Path:
     run = Path("runs/dmd")
     export(run / "pipeline", few_steps=FewSteps((1,)))
     write_card(run / "pipeline", method="DMD", facts={"Method": "DMD"}, student_updates=30)
-    tested(run, 30)
+    write_metrics(run, 30)
     return run
 
 
-def tested(run: Path, updates: int) -> None:
+def write_metrics(run: Path, updates: int) -> None:
     values = {"method": "DMD", "nfe": 1, "fd_teacher": 0.125, "student_updates": updates}
     references = {"floors": {}, "reference_images": {"teacher": 200}}
     write_rows([make_row("digits", **values, **references)], run / "metrics.json")
@@ -125,7 +125,7 @@ def test_a_copy_over_a_card_of_the_users_own_keeps_it(command: Command, run: Pat
 
 
 def test_numbers_of_other_weights_are_left_out(command: Command, run: Path) -> None:
-    tested(run, 20)
+    write_metrics(run, 20)
     assert command("export", run, "--out", "copy").status == 0
     assert "None were measured" in Path("copy/README.md").read_text()
 
@@ -161,7 +161,7 @@ def test_without_a_token(command: Command, run: Path, hub: Hub, monkeypatch) -> 
     assert not hub.created
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     response = SimpleNamespace(status_code=403)
 
 
@@ -169,7 +169,7 @@ class Refusal(Exception):
     ("error", "sentence"),
     [
         (ConnectionError("no route\nto host"), "could not be uploaded as digits"),
-        (Refusal("Forbidden"), "does not let this token write digits"),
+        (RefusalError("Forbidden"), "does not let this token write digits"),
     ],
 )
 def test_a_hub_that_fails(command: Command, run: Path, hub: Hub, error, sentence: str) -> None:
