@@ -10,7 +10,7 @@ from small_text import text_folder
 from tiny_networks import tiny_network
 
 from lit_distill.diffusion import EDMDenoiser, FewSteps
-from lit_distill.models import load_denoiser, save_denoiser, update_card, write_card
+from lit_distill.models import load_denoiser, model_card, save_denoiser, update_card, write_card
 
 FACTS = {"Method": "`DMD`", "Student updates": "1,150"}
 
@@ -143,3 +143,15 @@ def test_the_card_is_no_part_of_the_model(tmp_path):
     after = load_denoiser(folder)
     assert after.fingerprint() == before.fingerprint()
     assert all(map(torch.equal, after.parameters(), before.parameters()))
+
+
+def test_the_licence_of_a_teacher_on_the_hub_is_read_where_it_was_fetched_to(tmp_path, monkeypatch):
+    (tmp_path / "fetched.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
+    fetched = {("someone/model", "README.md"): str(tmp_path / "fetched.md")}
+    monkeypatch.setattr(model_card, "try_to_load_from_cache", lambda *name: fetched.get(name))
+    folder = student(tmp_path / "pipeline", few=FewSteps((1,)))
+    write_card(folder, method="DMD", facts=FACTS, teacher="someone/model")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "creativeml-openrail-m" and "`creativeml" in card.text
+    write_card(folder, method="DMD", facts=FACTS, teacher="someone/other")
+    assert "not known here" in (folder / "README.md").read_text()
