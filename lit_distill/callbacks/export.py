@@ -148,6 +148,8 @@ def _write_card(
     """Write a folder's model card with the recipe of this run."""
     arguments = dict(module.hparams)
     teacher, data = arguments.get("teacher"), getattr(trainer, "datamodule", None)
+    if not isinstance(teacher, str):  # an object, whose origin is not known
+        teacher = None if getattr(module, "teacher", teacher) is None else ""
     few = cast(Denoiser, module.network).few_steps
     jumps = "the student's own jumps"
     if few is not None and few.gamma > 0 and max(few.trained) > 1:
@@ -158,13 +160,13 @@ def _write_card(
     facts = {
         "Method": f"`{type(module).__name__}`",
         "Settings that differ from its defaults": _settings(module, arguments),
-        "Teacher": "another model" if teacher is not None else "none",
+        "Teacher": "none" if teacher is None else "another model",
         "Data": _data(data),
         "Steps": ", ".join(map(str, steps)),
         "Solver": solver,
         "Student updates": f"{trainer.global_step:,}",
     }
-    if isinstance(teacher, str):
+    if teacher:
         facts["Teacher"] = f"`{_without_root(teacher)}`"
     if updates not in (None, trainer.global_step):
         facts["Student updates"] += f", of which these weights, the best, had {updates:,}"
@@ -174,7 +176,7 @@ def _write_card(
         folder,
         method=type(module).__name__,
         facts=facts,
-        teacher=str(teacher) if teacher is not None else None,
+        teacher=teacher,
         student_updates=updates,
     )
     if not written:

@@ -35,7 +35,8 @@ def write_card(
         folder: A diffusers folder.
         method: What it was trained by; None where that is not known.
         facts: The recipe: a text for each heading.
-        teacher: Folder or hub id of the teacher that it comes from, if it comes from one.
+        teacher: Folder or hub id of the teacher that it comes from; "" where that has none, and
+            None where there is no teacher.
         student_updates: Updates that its weights had, by which numbers are known to be of them.
 
     Returns:
@@ -45,7 +46,7 @@ def write_card(
     if has_own_card(folder):
         return False
     index = json.loads((folder / "model_index.json").read_text())
-    terms = {} if teacher is None else _license_of(teacher)
+    terms = _license_of(teacher) if teacher else {}
     lines = [f"- **{name}**: {text}".replace(": \n", ":\n") for name, text in (facts or {}).items()]
     recipe = "\n".join(lines) or "Not recorded: this folder was not exported by a training run."
     steps = (_sidecar(folder).get("few_steps") or {}).get("trained", ())
@@ -53,7 +54,7 @@ def write_card(
     if steps:
         *others, last = map(str, sorted(steps))
         title += f", {', '.join(others)}{' or ' if others else ''}{last} step{'s' * (last != '1')}"
-    hub_id = teacher is not None and not Path(teacher).exists() and teacher.count("/") == 1
+    hub_id = teacher and not Path(teacher).exists() and teacher.count("/") == 1
     known = student_updates is not None
     own: dict[str, Any] = {_OWN: {"student_updates": student_updates}} if known else {}
     data = ModelCardData(

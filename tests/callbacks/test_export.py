@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 from small_teacher import export as write_folder
-from toy import Toy, ToyData, trainer
+from toy import Toy, ToyData, ToyDenoiser, trainer
 
 from lit_distill.callbacks import ExportPipeline, export
 from lit_distill.callbacks.report import make_row, write_rows
@@ -120,3 +120,13 @@ def test_a_test_of_the_exported_weights_brings_its_numbers(tmp_path, tested, tol
     ExportPipeline().on_test_end(process, Plain())
     text = (folder / "README.md").read_text()
     assert ("0.125" in text) == told and ("None were measured" in text) != told
+
+
+def test_a_teacher_that_is_an_object_has_no_name(tmp_path, monkeypatch):
+    cards = []
+    monkeypatch.setattr(export, "save_denoiser", lambda model, folder: None)
+    monkeypatch.setattr(export, "write_card", lambda at, **recipe: cards.append(recipe) or True)
+    module = Plain()
+    module.teacher = ToyDenoiser()
+    fit(tmp_path, module)
+    assert cards[0]["teacher"] == "" and cards[0]["facts"]["Teacher"] == "another model"

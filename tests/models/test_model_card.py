@@ -155,3 +155,12 @@ def test_the_licence_of_a_teacher_on_the_hub_is_read_where_it_was_fetched_to(tmp
     assert card.data.license == "creativeml-openrail-m" and "`creativeml" in card.text
     write_card(folder, method="DMD", facts=FACTS, teacher="someone/other")
     assert "not known here" in (folder / "README.md").read_text()
+
+
+def test_a_teacher_without_a_name_has_no_known_licence(tmp_path, monkeypatch):
+    folder = student(tmp_path / "pipeline", few=FewSteps((1,)))
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("---\nlicense: mit\n---\n")  # which is not the teacher's
+    write_card(folder, method="DMD", facts=FACTS, teacher="")
+    text = (folder / "README.md").read_text()
+    assert "not known here" in text and "base_model" not in text and "mit`" not in text
