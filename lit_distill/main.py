@@ -1,4 +1,4 @@
-"""The command line: ``lit-distill fit | validate | test | predict | sample | import | compare``."""
+"""The command line: ``lit-distill fit | test | predict | sample | export | ...``."""
 
 import os
 import sys
@@ -18,8 +18,8 @@ commands:
   predict   write noise-image pairs with a teacher
   sample    draw images from an exported folder (a teacher's or a student's)
   import    turn a checkpoint in another format into such a folder
+  export    upload such a folder to the hub, or copy it, with a fresh model card
   compare   many methods on one teacher and budget: a table and a page of pictures
-
 
 examples:
   lit-distill fit --config configs/digits/teacher.yaml
@@ -29,7 +29,7 @@ All options: lit-distill COMMAND --help.  Version: lit-distill --version.
 The traceback behind an error: LIT_DISTILL_DEBUG=1 lit-distill COMMAND ...
 """
 TRAINING = ("fit", "validate", "test", "predict")
-OTHERS = ("sample", "import", "compare")
+OTHERS = ("sample", "import", "export", "compare")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -70,6 +70,10 @@ def _run(args: list[str]) -> int:
         from lit_distill.commands.importing import run_import
 
         return run_import(args[1:])
+    if command == "export":
+        from lit_distill.commands.exporting import run_export
+
+        return run_export(args[1:])
     if command == "compare":
         from lit_distill.commands.compare import run_compare
 

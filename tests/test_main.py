@@ -58,6 +58,7 @@ class TestWords:
             "predict",
             "sample",
             "import",
+            "export",
             "compare",
             "examples:",
         ):
@@ -78,7 +79,10 @@ class TestWords:
     def test_a_wrong_word_ends_with_2(self, command: Command, args: list[str]) -> None:
         ended = command(*args)
         assert ended.status == 2
-        assert "choose one of fit, validate, test, predict, sample, import, compare" in ended.error
+        assert (
+            "choose one of fit, validate, test, predict, sample, import, export, compare"
+            in ended.error
+        )
 
     def test_help_of_a_command(self, command: Command) -> None:
         ended = command("fit", "--help")

@@ -30,6 +30,34 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
     os.replace(temporary, path)
 
 
+def numbers_of(run: str | Path, student_updates: int | None = None) -> str | None:
+    """The table of a run's latest test.
+
+    Args:
+        run: The run's folder.
+        student_updates: How many the weights in question had; a test of others does not count.
+
+    Returns:
+        What the test printed; None where there was no test, or one of other weights.
+
+    Raises:
+        ValueError: If ``metrics.json`` is damaged.
+    """
+    path = Path(run) / "metrics.json"
+    if not path.is_file():
+        return None
+    try:
+        rows = json.loads(path.read_text())
+        tested = {row["student_updates"] for row in rows} - {None}
+        if student_updates is not None and tested and student_updates not in tested:
+            return None
+        prefix = "fd_teacher_"
+        extractor = next(key.removeprefix(prefix) for key in rows[0] if key.startswith(prefix))
+        return format_table(rows, extractor)
+    except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
+        raise ValueError(f"{path} is damaged: make it again with lit-distill test.") from error
+
+
 def metric_names(extractor: str) -> dict[str, str]:
     """Names of the three distances by what they are measured to; only Inception's is an FID."""
     data = "fid" if extractor == "inception" else f"fd_{extractor}"

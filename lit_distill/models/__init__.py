@@ -7,8 +7,9 @@ from lit_distill.models.loading import load_codec, load_denoiser
 from lit_distill.models.lora import AdaptedNetwork, LoRA, adapted, merged, save_adapter
 from lit_distill.models.mnist_ddpm import read_mnist_ddpm
 from lit_distill.models.mnist_unet import MNISTUNet
+from lit_distill.models.model_card import update_card, updates_of, write_card
 from lit_distill.models.networks import UNet
-from lit_distill.models.saving import save_denoiser
+from lit_distill.models.saving import folder_in_place, has_own_card, save_denoiser
 from lit_distill.models.small_text_to_image import small_text_to_image
 from lit_distill.models.text_to_image import LatentCodec, TextUNet
 
@@ -24,6 +25,8 @@ __all__ = [
     "UNet",
     "adapted",
     "add_inputs",
+    "folder_in_place",
+    "has_own_card",
     "load_codec",
     "load_denoiser",
     "merged",
@@ -32,4 +35,7 @@ __all__ = [
     "save_denoiser",
     "small_text_to_image",
     "tapped",
+    "update_card",
+    "updates_of",
+    "write_card",
 ]

@@ -32,7 +32,7 @@ from lit_distill.diffusion import (
 from lit_distill.models.condition_embedding import ConditionEmbedding
 from lit_distill.models.mnist_unet import MNISTUNet
 from lit_distill.models.networks import UNet
-from lit_distill.models.saving import FORMAT, SIDECAR
+from lit_distill.models.saving import CARD, FORMAT, SIDECAR
 from lit_distill.models.text_to_image import LatentCodec, TextUNet, without_bars
 
 _CLASSES: dict[str, type[NetworkDenoiser]] = {
@@ -112,6 +112,7 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
         # weights in other formats.
         index = Path(snapshot_download(name, allow_patterns=["model_index.json"]))
         wanted = ["model_index.json", SIDECAR, "unet/*", "scheduler/*", "conditions/*"]
+        wanted.append(CARD)  # of which a student's card takes the licence
         old_layout = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.*"]
         left_out = ["*.fp16.*", "*non_ema*"]
         if "text_encoder" in _read_json(index / "model_index.json"):

@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ from lit_distill.models.mnist_unet import MNISTUNet
 from lit_distill.models.text_to_image import TextUNet, without_bars
 
 SIDECAR = "lit_distill.json"
+CARD = "README.md"
+MARKER = "<!-- lit_distill writes this card anew at every export; delete this line to keep it. -->"
 FORMAT = 1
 _CONSISTENCY_TIME_SCALE = 1000  # CMStochasticIterativeScheduler asks at 1000 ln(sigma) / 4
 _FLOW_TIME_SCALE = 1000  # FlowMatchEulerDiscreteScheduler asks at 1000 t
@@ -60,7 +64,8 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
 
     Args:
         denoiser: A network's denoiser with a :class:`UNet` or a :class:`TextUNet`.
-        folder: Where to; what is there is replaced once the new folder is complete.
+        folder: Where to; what is there is replaced once the new folder is complete, but for a
+            model card (``README.md``) of the user's own.
 
     Raises:
         ValueError: If there is no stock format for this denoiser, or something else than such a
@@ -77,20 +82,43 @@ def save_denoiser(denoiser: Denoiser, folder: str | Path) -> None:
         "patch_size": getattr(denoiser.network, "patch_size", 1),
         "few_steps": None if denoiser.few_steps is None else asdict(denoiser.few_steps),
     }
-    target = Path(folder).absolute()
-    _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with folder_in_place(folder) as draft:
         with without_bars():
             pipeline.save_pretrained(draft, safe_serialization=True)
         if isinstance(pipeline, FewStepPipeline):
             _add_code(draft, pipeline)
         (draft / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n")
+
+
+@contextmanager
+def folder_in_place(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of another once the block has ended well.
+
+    Args:
+        folder: Where to; a diffusers folder that is there is replaced, but for a model card of the
+            user's own.
+
+    Raises:
+        ValueError: If something else than a diffusers folder is in the way.
+    """
+    target = Path(folder).absolute()
+    _check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield draft
+        if has_own_card(target):
+            shutil.copyfile(target / CARD, draft / CARD)
         draft.chmod(0o755)  # mkdtemp keeps others out
         _replace(target, draft)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def has_own_card(folder: str | Path) -> bool:
+    """Whether a folder has a model card that is a person's own, as it does not carry our marker."""
+    file = Path(folder) / CARD
+    return file.is_file() and MARKER not in file.read_text(encoding="utf-8", errors="replace")
 
 
 def _check_replaceable(target: Path) -> None:
