@@ -2,6 +2,7 @@
 
 import lit_distill  # isort: skip  (before all else: it lets torchvision be imported)
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,16 @@ from ended import Command, Ended
 from lit_distill.main import main
 
 torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_stays() -> Iterator[None]:
+    """A DDP strategy leaves its process group, and its port in the environment of later tests."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture
