@@ -156,7 +156,12 @@ def measure(
     def interval(reference: ImageSet | None) -> tuple[float, float] | None:
         if reference is None or not resamples:
             return None
-        return bootstrap_interval(reference.features, samples.features, resamples=resamples)
+        return bootstrap_interval(
+            reference.features,
+            samples.features,
+            groups=(_given_in_turn(reference), _given_in_turn(samples)),
+            resamples=resamples,
+        )
 
     def nearest(pool: ImageSet | None) -> float | None:
         if pool is None:
@@ -180,3 +185,11 @@ def measure(
         fd_test_interval=interval(test),
         coverage_interval=None if found is None or not resamples else coverage_interval(found),
     )
+
+
+def _given_in_turn(images: ImageSet) -> Tensor | None:
+    """Labels that were asked for in turn, as their equal counts show, and not drawn."""
+    if images.labels is None:
+        return None
+    counts = images.labels.unique(return_counts=True)[1]
+    return images.labels if counts.max() - counts.min() <= 1 else None

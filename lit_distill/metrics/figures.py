@@ -60,7 +60,12 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
 
 def bootstrap_interval(
-    reference: Tensor, samples: Tensor, *, resamples: int = 100, seed: int = 0
+    reference: Tensor,
+    samples: Tensor,
+    *,
+    groups: tuple[Tensor | None, Tensor | None] = (None, None),
+    resamples: int = 100,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """95% interval of a Frechet distance, for what other images of the same models would give.
 
@@ -70,9 +75,10 @@ def bootstrap_interval(
     Args:
         reference: (N, F) features.
         samples: (M, F) features.
+        groups: (N,) and (M,) int64, such as labels, where the size of each group was given and is
+            no matter of chance; rows are then drawn within their groups. None: of all rows.
         resamples: Number of draws, at least 2. One takes 0.03 s for 10,000 x 64 features of each
             set, and some 10 s for 10,000 x 2,048, on a core.
-
         seed: Of the draws.
 
     Returns:
@@ -84,9 +90,14 @@ def bootstrap_interval(
     _check_resamples(resamples)
     distance = frechet_distance(reference, samples)
     generator = torch.Generator().manual_seed(seed)
+    parts = [
+        [rows] if group is None else [rows[group == g] for g in group.unique()]
+        for rows, group in zip((reference, samples), groups, strict=True)
+    ]
     values = []
     for _ in range(resamples):
-        (m1, s1), (m2, s2) = (_moments(_drawn(s, generator)) for s in (reference, samples))
+        drawn = (torch.cat([_drawn(part, generator) for part in of_set]) for of_set in parts)
+        (m1, s1), (m2, s2) = map(_moments, drawn)
         # tr (S1 S2)^(1/2) from symmetric matrices, which is several times as fast.
         levels, axes = torch.linalg.eigh(s1)
         root = (axes * levels.clamp_min(0).sqrt()) @ axes.T

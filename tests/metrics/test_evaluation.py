@@ -3,6 +3,7 @@ from dataclasses import fields
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from lit_distill.datamodules import DigitsDataModule
@@ -119,6 +120,24 @@ def test_an_interval_is_around_its_distance_and_the_same_each_time():
     assert (low, high) != bootstrap_interval(real, fake, resamples=30, seed=1)
     with pytest.raises(ValueError, match="at least 2 resamples, not 1"):
         bootstrap_interval(real, fake, resamples=1)
+
+
+def test_labels_given_in_turn_are_no_part_of_the_interval():
+    """Two far classes: what their shares add to the spread is not there if they are given."""
+    labels = torch.arange(1_000) % 2
+    place = torch.stack([20.0 * labels, 0.0 * labels], 1)
+
+    def one_set(seed: int) -> Tensor:
+        return place + normal(1_000, 2, seed=seed)
+
+    others = [frechet_distance(one_set(2 * i), one_set(2 * i + 1)) for i in range(40)]
+    spread = max(others) - min(others)
+
+    def width(**groups) -> float:
+        low, high = bootstrap_interval(one_set(0), one_set(1), resamples=60, **groups)
+        return high - low
+
+    assert width(groups=(labels, labels)) < 2 * spread < width()
 
 
 def test_more_images_make_an_interval_narrower():
