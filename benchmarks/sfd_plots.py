@@ -53,12 +53,11 @@ def draw(denoiser: Denoiser, count: int, seed: int, **how: Any) -> Tensor:
         rows = torch.arange(first, min(first + BATCH, count))
         generators = seeded_generators((seed + rows).tolist())
         noise, label = drawn_noise((1, 8, 8), generators), rows % 10
-        with torch.autocast("cpu", torch.bfloat16):
-            if grid is not None:
-                x = solve(denoiser, denoiser.start(noise), grid, condition=label, **how)
-            else:
-                x = sample(denoiser, noise, condition=label, generator=generators, **how)
-        images.append(to_uint8(x.float()))
+        if grid is not None:
+            x = solve(denoiser, denoiser.start(noise), grid, condition=label, **how)
+        else:
+            x = sample(denoiser, noise, condition=label, generator=generators, **how)
+        images.append(to_uint8(x))
     return torch.cat(images)
 
 
@@ -80,7 +79,6 @@ def trained(teacher: str, sigma_min: float, updates: int) -> Denoiser:
         warnings.simplefilter("ignore")
         Trainer(
             accelerator="cpu",
-            precision="bf16-mixed",
             max_steps=updates,
             max_epochs=-1,
             limit_val_batches=0,
