@@ -13,6 +13,11 @@ STAMP := $(VENV)/.installed
 RUNS ?= runs/digits
 SEED ?= 0
 LIT := $(BIN)/lit-distill
+# The demo trains and samples in the precision that is faster on this machine, measured once.
+PRECISION := $(RUNS)/precision
+IN_PRECISION = --trainer.precision $$(cat $(PRECISION))
+ALL_IN_PRECISION = --overrides "{trainer.precision: $$(cat $(PRECISION))}" \
+	--evaluation.precision $$(cat $(PRECISION))
 
 .PHONY: help demo demo-text compare methods test test-full lint clean
 .DELETE_ON_ERROR:
@@ -41,7 +46,7 @@ TEACHER := $(RUNS)/teacher/pipeline
 STUDENT := $(RUNS)/dmd/pipeline
 METRICS := $(RUNS)/dmd/metrics.json
 DISTILL = --config configs/digits/dmd.yaml --trainer.default_root_dir $(RUNS)/dmd \
-	--model.init_args.teacher $(TEACHER) --data.init_args.folder $(RUNS)/pairs
+	--model.init_args.teacher $(TEACHER) --data.init_args.folder $(RUNS)/pairs $(IN_PRECISION)
 
 demo: $(METRICS)
 	@$(BIN)/python -c "import json; from lit_distill.callbacks.report import format_table; \
@@ -55,8 +60,8 @@ demo: $(METRICS)
 
 # All methods, 45 seconds of training each; more options: make compare ARGS="--only cd dmd"
 ARGS ?=
-compare: $(STAMP)
-	$(LIT) compare configs/compare/digits.yaml --seed $(SEED) $(ARGS)
+compare: $(PRECISION)
+	$(LIT) compare configs/compare/digits.yaml --seed $(SEED) $(ALL_IN_PRECISION) $(ARGS)
 
 # Text to image: a small Stable Diffusion of digits, and its few-step student.
 TEXT ?= runs/captions
@@ -91,15 +96,19 @@ $(TEXT)/%/metrics.json: | $(TEXT)/%/pipeline/model_index.json
 # The same at full length, on the demo's teacher and pairs, with further variants.
 methods: $(STUDENT)/model_index.json
 	$(LIT) compare configs/compare/digits.yaml --config configs/compare/digits_full.yaml \
-		--folder $(RUNS) --seed $(SEED) $(ARGS)
+		--folder $(RUNS) --seed $(SEED) $(ALL_IN_PRECISION) $(ARGS)
 
-$(TEACHER)/model_index.json: | $(STAMP)
+$(PRECISION): | $(STAMP)
+	@mkdir -p $(RUNS)
+	@$(BIN)/python benchmarks/precision.py > $@
+
+$(TEACHER)/model_index.json: | $(PRECISION)
 	$(LIT) fit --config configs/digits/teacher.yaml --seed_everything $(SEED) --ckpt_path last \
-		--trainer.default_root_dir $(RUNS)/teacher
+		--trainer.default_root_dir $(RUNS)/teacher $(IN_PRECISION)
 
 $(STUDENT)/model_index.json: | $(TEACHER)/model_index.json
 	$(LIT) predict --config configs/digits/pairs.yaml --trainer.default_root_dir $(RUNS)/pairs \
-		--model.init_args.denoiser $(TEACHER)
+		--model.init_args.denoiser $(TEACHER) $(IN_PRECISION)
 	$(LIT) fit $(DISTILL) --seed_everything $(SEED) --ckpt_path last
 
 $(METRICS): | $(STUDENT)/model_index.json

@@ -59,7 +59,7 @@ class Judge:
     num_images: int = 10_000
     seed: int = 10_000_000
     batch_size: int = 500
-    precision: str = "bf16-mixed"
+    precision: str = "32-true"
     accelerator: str = "auto"
     teacher_steps: int = 18
     teacher_solver: str = "heun"
