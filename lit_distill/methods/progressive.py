@@ -122,6 +122,21 @@ class ProgressiveDistillation(DistillationModule):
         assert self.teacher is not None
         return self.teacher if self.stage == 0 else self.previous
 
+    def setup(self, stage: str) -> None:
+        """As the base; and no checkpoint is chosen among students of different numbers of steps.
+
+        Raises:
+            ValueError: If a checkpoint callback watches a metric.
+        """
+        super().setup(stage)
+        watched = [getattr(c, "monitor", None) for c in self.trainer.checkpoint_callbacks]
+        if stage == "fit" and (metrics := [metric for metric in watched if metric]):
+            raise ValueError(
+                f"ProgressiveDistillation cannot choose its best weights by {metrics[0]}: a "
+                "student of an early stage has more steps and would win. Leave monitor out of the "
+                "callbacks; the end of each stage is exported in any case."
+            )
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Begin the next stage once this one has had its updates."""
         super().on_train_batch_start(batch, batch_idx)

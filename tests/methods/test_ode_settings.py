@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import (
     CD,
     CTM,
@@ -184,6 +185,13 @@ def test_untrained_steps_are_told(kind, options, trained):
         student.generate(noise, label)
     with pytest.warns(UserWarning, match=rf"trained for {trained} step\(s\), not for 3"):
         assert student.generate(noise, label, 3).isfinite().all()
+
+
+def test_stages_are_not_compared_by_a_checkpoint(tmp_path):
+    watching = ModelCheckpoint(tmp_path, monitor="fd_digits")
+    staged = module(ProgressiveDistillation, **PD)
+    with pytest.raises(ValueError, match=r"best weights by fd_digits: .* more steps .*monitor out"):
+        trainer(tmp_path, watching, enable_checkpointing=True).fit(staged, Digits(batch_size=4))
 
 
 @pytest.fixture(scope="module")
