@@ -50,7 +50,7 @@ def cifar10() -> EpsilonDenoiser:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif("LIT_DISTILL_DATA" not in os.environ, reason="LIT_DISTILL_DATA is not set")
 @pytest.mark.parametrize(
     ("teacher", "parameters", "pairs"),

@@ -154,7 +154,7 @@ def _cell(row: Row, key: str, form: Any) -> str:
     text, ends, floor = form(value), row.get(f"{key}_interval"), row["floors"].get(key)
     if ends and form is _number:  # of shares it stands in metrics.json alone: the table is wide
         text += f"±{_number((ends[1] - ends[0]) / 2, digits=2)}"
-    return text if floor is None else f"{text} ({_number(value - floor, '+')})"
+    return text if floor is None else f"{text} ({_number(value - floor, '+', digits=2)})"
 
 
 def _number(value: float, sign: str = "", digits: int = 3) -> str:

@@ -64,7 +64,7 @@ def watched(start, folder, updates=UPDATES, **options):
     return doctor.findings
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_a_healthy_run_is_left_alone(seed, start, tmp_path):
     assert watched(start, tmp_path, updates=500) == []
 
