@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ended import Command, Ended
+from torchvision.models.vgg import cfgs, make_layers
 
 from lit_distill.main import main
 
@@ -49,3 +50,12 @@ def command(
 def version() -> str:
     """The installed version."""
     return lit_distill.__version__
+
+
+@pytest.fixture(scope="session")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LPIPS's backbone with random weights, without the classifier."""
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    features = make_layers(cfgs["D"]).state_dict()
+    torch.save({f"features.{name}": tensor for name, tensor in features.items()}, path)
+    return path

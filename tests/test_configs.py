@@ -21,7 +21,6 @@ from ended import Command
 from PIL import Image
 from small_text import text_folder
 from torch import nn
-from torchvision.models.vgg import cfgs, make_layers
 
 from lit_distill.diffusion import EDMDenoiser, EpsilonDenoiser, NetworkDenoiser
 from lit_distill.losses import DISTANCES, LPIPS
@@ -102,15 +101,6 @@ def write_zip(path: Path, count: int) -> None:
             archive.writestr(f"{i:05d}.png", buffer.getvalue())
         labels = [[f"{i:05d}.png", i % 10] for i in range(count)]
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
-
-
-@pytest.fixture(scope="session")
-def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LPIPS's backbone with random weights, without the classifier."""
-    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
-    features = make_layers(cfgs["D"]).state_dict()
-    torch.save({f"features.{name}": tensor for name, tensor in features.items()}, path)
-    return path
 
 
 @pytest.fixture(scope="session")

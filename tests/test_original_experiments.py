@@ -9,11 +9,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from diffusers import UNet2DModel
 from ended import Command
-from torchvision.models.vgg import cfgs, make_layers
+from public import ddpm_cifar10
 
 from lit_distill.diffusion import EpsilonDenoiser, linear_betas
 from lit_distill.models import MNISTUNet, UNet, save_denoiser
@@ -35,18 +33,7 @@ def celeba() -> EpsilonDenoiser:
 
 def cifar10() -> EpsilonDenoiser:
     """``google/ddpm-cifar10-32``."""
-    unet = UNet2DModel(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        attention_head_dim=None,
-    )
-    return EpsilonDenoiser(UNet.wrap(unet), linear_betas(1000, 1e-4, 2e-2))
+    return EpsilonDenoiser(UNet.wrap(ddpm_cifar10()), linear_betas(1000, 1e-4, 2e-2))
 
 
 @pytest.mark.full
@@ -58,14 +45,12 @@ def cifar10() -> EpsilonDenoiser:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_an_original_experiment_runs_on_real_images(
-    teacher, parameters: int, pairs: str, command: Command, tmp_path: Path
+    teacher, parameters: int, pairs: str, command: Command, vgg: Path
 ) -> None:
     dataset = teacher.__name__
     denoiser = teacher()
     assert sum(p.numel() for p in denoiser.parameters()) == parameters
     save_denoiser(denoiser, "teacher")
-    vgg = tmp_path / "vgg16.pth"
-    torch.save({f"features.{k}": v for k, v in make_layers(cfgs["D"]).state_dict().items()}, vgg)
     seen = "MNISTExtractor" if dataset == "mnist" else "ResNet56Extractor"
     evaluation = {
         "class_path": "lit_distill.callbacks.Evaluation",

@@ -21,10 +21,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     ScoreSdeVeScheduler,
-    UNet2DModel,
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
+from public import ddpm_cifar10
 from tiny_networks import stock_unet
 
 from lit_distill.diffusion import (
@@ -207,23 +207,10 @@ def test_files_at_the_root_are_read_as_on_old_hub_pages(tmp_path):
 
 
 def test_the_cifar10_model_of_the_hub_loads_by_its_name(tmp_path, monkeypatch):
-    """``google/ddpm-cifar10-32`` from the hub's own cache, with the documented configuration."""
+    """``google/ddpm-cifar10-32`` from the hub's own cache."""
     import huggingface_hub.constants
 
-    unet = UNet2DModel(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        norm_num_groups=32,
-        attention_head_dim=None,
-    )
-    cached = tmp_path / "models--google--ddpm-cifar10-32"
+    cached, unet = tmp_path / "models--google--ddpm-cifar10-32", ddpm_cifar10()
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(cached / "snapshots" / "0123abc")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0123abc")
