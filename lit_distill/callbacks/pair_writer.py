@@ -143,8 +143,8 @@ class PairWriter(Callback):
             )
             return
         recorded = {shard.file: shard.sha256 for shard in manifest.shards}
-        few = len(manifest.files) < 20
-        files = tqdm(manifest.files, "Checksums", unit="shard", leave=False, disable=few)
+        hidden = len(manifest.files) < 20 or None
+        files = tqdm(manifest.files, "Checksums", unit="shard", leave=False, disable=hidden)
         shards = []
         for number, file in enumerate(files):
             checksum = sha256((self.folder / file).read_bytes())

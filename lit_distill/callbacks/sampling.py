@@ -128,7 +128,8 @@ def draw_images(trainer: Trainer, sampler: Sampler, draw: Draw, title: str) -> T
     firsts = range(0, draw.count, draw.batch_size)[trainer.global_rank :: trainer.world_size]
     run = in_precision(trainer, sampler)
     with isolate_rng():
-        for first in tqdm(firsts, title, disable=not trainer.is_global_zero, leave=False):
+        hidden = None if trainer.is_global_zero else True  # None: where a person looks at it
+        for first in tqdm(firsts, title, disable=hidden, leave=False):
             noise, labels = draw.batch(first)
             torch.manual_seed(draw.seed + first)
             made = run(noise.to(device), None if labels is None else labels.to(device))

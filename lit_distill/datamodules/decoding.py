@@ -94,7 +94,7 @@ def _decoded(files: ImageFiles, frame: Frame, faults: Faults) -> Iterator[np.nda
         leave=False,
         delay=2,
         mininterval=1,
-        disable=getattr(rank_zero_only, "rank", 0) > 0,
+        disable=getattr(rank_zero_only, "rank", 0) > 0 or None,
     )
     names = iter(files.names)
     with progress, files.reader() as read, ThreadPoolExecutor(os.cpu_count()) as threads:

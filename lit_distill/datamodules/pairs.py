@@ -143,7 +143,7 @@ class PairsDataModule(ImageDataModule):
             "Reading and checking pairs",
             unit="shard",
             leave=False,
-            disable=len(manifest.shards) < 20 or getattr(rank_zero_only, "rank", 0) > 0,
+            disable=len(manifest.shards) < 20 or getattr(rank_zero_only, "rank", 0) > 0 or None,
         )
         shards = [self._read_shard(shard) for shard in progress]
         pairs = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}

@@ -105,15 +105,14 @@ def describe(
         labels: (N,) int64, kept beside the images.
         batch_size: Images per pass.
         device: Where the extractor is.
-        progress: Show a progress bar.
+        progress: Show a progress bar, in a terminal.
 
     Returns:
         The images with their features and, from a classifier, logits; on the CPU.
     """
     features, logits = [], []
-    batches = tqdm(
-        images.split(batch_size), f"{extractor.name} features", disable=not progress, leave=False
-    )
+    title, hidden = f"{extractor.name} features", None if progress else True
+    batches = tqdm(images.split(batch_size), title, disable=hidden, leave=False)
     for batch in batches:
         if extractor.classifies:
             batch_features, batch_logits = extractor.features_and_logits(batch.to(device))
