@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -168,7 +167,7 @@ class PromptEvaluation(Callback):
         self.rows = [make_row(self.extractor.name, **row, **shared) for row in made]
         folder = Path(trainer.default_root_dir)
         write_rows(self.rows, folder / "metrics.json")
-        self._draw(models, sets, folder / "comparison.png")
+        self._draw(models, sets, real, folder / "comparison.png")
         print(f"\n{format_table(self.rows, self.extractor.name)}")
         print(f"Numbers: {folder / 'metrics.json'}\nPicture: {folder / 'comparison.png'}\n")
 
@@ -216,16 +215,19 @@ class PromptEvaluation(Callback):
             one, model.denoiser, model.codec.latent_shape, None, device=device, batch_sizes=(1,)
         )
 
-    def _draw(self, models: list[PromptedModel], sets: list[Seen], path: Path) -> None:
-        """A row for each prompt: some images of each model, from the same noise."""
+    def _draw(
+        self, models: list[PromptedModel], sets: list[Seen], real: Seen | None, path: Path
+    ) -> None:
+        """A row for each prompt: images of each model from the same noise, and a source's own."""
         count = len(self.prompts)
-        shown = self.prompts if self.source is None else list(islice(self.prompts, _ROWS))
+        each, shown = (_PICTURED, count) if self.source is None else (1, min(_ROWS, count))
+        pictured = [seen.images.images for seen in (*sets, real) if seen is not None]
         rows = {
-            fill(prompt, 24): torch.cat([s.images.images[i::count][:_PICTURED] for s in sets])
-            for i, prompt in enumerate(shown[: self.num_samples])
+            fill(prompt, 24): torch.cat([images[i::count][:each] for images in pictured])
+            for i, prompt in enumerate(self.prompts[: min(shown, self.num_samples)])
         }
         names = [f"{model.steps} step{'s' * (model.steps > 1)}" for model in models]
         names[0] += f" of the teacher, guidance {self.teacher_guidance:g}"
-        each = len(next(iter(rows.values()))) // len(models)
+        names += ["the source's own"] * (real is not None)
         title = f"{each} image{'s' * (each > 1)} each: {'; '.join(names)}"
-        draw_rows(rows, path, each * len(models), title)
+        draw_rows(rows, path, len(next(iter(rows.values()))), title)

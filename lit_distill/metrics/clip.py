@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.multimodal import CLIPScore
 
+from lit_distill.models.text_to_image import without_bars
+
 _FILES = ["*.json", "*.txt", "model.safetensors"]  # of a repository, beside the same in other forms
 
 
@@ -96,9 +98,10 @@ def _load(folder: Path) -> tuple[nn.Module, Any]:
     from transformers import CLIPModel, CLIPProcessor  # slow to import, and only needed here
 
     try:
-        loaded: Any = CLIPModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        with without_bars():
+            loaded: Any = CLIPModel.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
         processor = CLIPProcessor.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(

@@ -15,7 +15,7 @@ from small_clip import by_hand, clip_folder
 from small_text import text_folder
 from tiny import trainer
 
-from lit_distill.callbacks import PromptEvaluation, prompted_images
+from lit_distill.callbacks import PromptEvaluation, prompt_evaluation, prompted_images
 from lit_distill.callbacks.report import format_table
 from lit_distill.datamodules import (
     CaptionedDigits,
@@ -126,6 +126,21 @@ def test_a_source_gives_prompts_and_the_images_to_compare_with(folder, tmp_path,
     assert "fd_digits: to the 24 images that the prompts were written for" in table
     assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(rows))
     assert Image.open(tmp_path / "comparison.png").height > 800  # ten captions
+
+
+def test_the_picture_shows_a_source_beside_the_models(folder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(prompt_evaluation, "draw_rows", lambda *given: drawn.append(given))
+    source = CaptionedDigits()
+    evaluated(DiffusionTeacher(folder), folder, tmp_path, source=source)
+    [(rows, _, columns, title)] = drawn
+    assert list(rows) == source.captions[:10] and columns == 2
+    own = torch.stack([images[1] for images in rows.values()])
+    assert torch.equal(own, source.images(range(10), (1, 16, 16)))
+    made = torch.stack([images[0] for images in rows.values()])
+    expected = samples_of(folder, source.captions[:10])
+    assert (made.int() - expected.int()).abs().max() <= 1
+    assert title == "1 image each: 3 steps of the teacher, guidance 2; the source's own"
 
 
 def test_a_small_source_has_no_floor_and_is_asked_again(folder, tmp_path):
