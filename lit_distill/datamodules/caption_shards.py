@@ -188,7 +188,7 @@ def _row(path: Path, row: int) -> str:
     return f"{path}, row {row} (from 0)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class _Member:
     """Where the content of a member stands in its shard."""
 

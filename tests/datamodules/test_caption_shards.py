@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -18,6 +19,7 @@ from small_text import text_folder
 
 from lit_distill.datamodules import (
     CaptionedFolder,
+    CaptionedImages,
     CaptionedParquet,
     CaptionedWebDataset,
     LatentTextDataModule,
@@ -134,6 +136,21 @@ def test_captions_alone_need_no_images(tmp_path):
     texts = [(f"{i}.txt", text.encode()) for i, text in enumerate(TEXTS)]
     source = CaptionedWebDataset(write_tar(tmp_path / "x.tar", texts), images=False)
     assert source.captions == TEXTS and not source.has_images
+
+
+def test_a_yaml_names_them(tmp_path):
+    parser = ArgumentParser()
+    parser.add_argument("--source", type=CaptionedImages)
+    write_parquet(tmp_path / "x.parquet", names=("jpg", "prompt"))
+    write_tar(tmp_path / "x.tar", samples(0, 7))
+    for name, options in [
+        ("CaptionedParquet", {"image": "jpg", "text": "prompt"}),
+        ("CaptionedWebDataset", {"images": False}),
+    ]:
+        init_args = {"shards": str(tmp_path), **options}
+        given = {"class_path": f"lit_distill.datamodules.{name}", "init_args": init_args}
+        made = parser.instantiate_classes(parser.parse_object({"source": given})).source
+        assert type(made).__name__ == name and made.captions == TEXTS
 
 
 # --- Parquet --------------------------------------------------------------------------------------
