@@ -81,6 +81,7 @@ class PromptedModel:
         """What it is asked with; a prompt that occurs several times is embedded once."""
         numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         rows = torch.tensor([numbers[prompt] for prompt in prompts])
+        self.codec.text_encoder.to(device)
         embedded = self.codec.condition(list(numbers))
         return {name: t[rows.to(t.device)].to(device) for name, t in embedded.items()}
 

@@ -120,9 +120,10 @@ class CaptionedParquet(_Shards):
     def files(self, indices: range) -> Iterator[tuple[str, bytes]]:
         """The images of the rows ``indices``, counted over all shards."""
         for index in indices:
-            if self._reading is None or self._reading[0] != index:
-                self._reading = index, self._from(index)
-            rows = self._reading[1]
+            place, rows = self._reading or (None, iter(()))
+            if place != index:
+                rows = self._from(index)
+            self._reading = None  # a file that fails is opened anew
             found = next(rows)
             self._reading = index + 1, rows
             yield found

@@ -240,8 +240,11 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     at = whole.index(b"IHDR")  # within the page of images
     path.write_bytes(whole[:at] + b"oops" + whole[at + 4 :])
     source = CaptionedParquet(str(path))
-    with pytest.raises(ValueError, match=r"x.parquet is no parquet file, or a damaged one"):
-        source.images(range(7), SHAPE)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"x.parquet is no parquet file, or a damaged one"):
+            source.images(range(7), SHAPE)
+    path.write_bytes(whole)
+    assert source.images(range(7), SHAPE).shape == (7, *SHAPE)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
