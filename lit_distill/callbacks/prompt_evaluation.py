@@ -34,7 +34,7 @@ class PromptEvaluation(Callback):
     ``fid`` (or ``fd_<extractor>``), coverage and recall are measured to. Where a source has twice
     as many, the next ones are measured as a model's are: that is the floor of the distance.
 
-    A test runs on the first process. It writes ``metrics.json`` and ``comparison.png`` (a row for
+    Processes share the images. The first writes ``metrics.json`` and ``comparison.png`` (a row for
     each prompt, of a source for the first ten) into the trainer's ``default_root_dir`` and prints a
     table. A module without a teacher is sampled as one.
 
@@ -54,7 +54,7 @@ class PromptEvaluation(Callback):
         clip_score: Measures how well images fit their prompts; by default that is not measured.
 
     Attributes:
-        rows: The rows of the latest test.
+        rows: The rows of the latest test, on the first process.
 
     Raises:
         ValueError: If a number is too small, there are both prompts and a source or neither, or
@@ -113,16 +113,11 @@ class PromptEvaluation(Callback):
 
     @torch.no_grad()
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, write and print, on the first process.
+        """Draw and look on all processes; measure, write and print on the first.
 
         Raises:
             ValueError: If the model takes no prompts.
         """
-        if trainer.is_global_zero:
-            self._test(trainer, pl_module)
-        trainer.strategy.barrier("prompts evaluated")
-
-    def _test(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = generative(pl_module)
         network: Denoiser = pl_module.network  # type: ignore[assignment]
         first = module.teacher or network
@@ -139,9 +134,8 @@ class PromptEvaluation(Callback):
         real, next_real = self._real(images, teacher)
         sets = [images.of_model(model, self.num_samples, self.seed) for model in models]
         other = images.of_model(teacher, self.num_samples, self.seed + self.num_samples)
-        made: list[Row] = []
-        for model, seen in zip(models, sets, strict=True):
-            made.append(
+        if trainer.is_global_zero:
+            made = [
                 {
                     **{"method": model.method, "solver": model.solver, "steps": model.steps},
                     **self._figures(seen, sets[0], other, real),
@@ -150,7 +144,18 @@ class PromptEvaluation(Callback):
                     "parameters": sum(p.numel() for p in model.denoiser.parameters()),
                     **{"num_images": self.num_samples, "seed": self.seed},
                 }
-            )
+                for model, seen in zip(models, sets, strict=True)
+            ]
+            self.rows = self._complete(made, real, next_real)
+            folder = Path(trainer.default_root_dir)
+            write_rows(self.rows, folder / "metrics.json")
+            self._draw(models, sets, real, folder / "comparison.png")
+            print(f"\n{format_table(self.rows, self.extractor.name)}")
+            print(f"Numbers: {folder / 'metrics.json'}\nPicture: {folder / 'comparison.png'}\n")
+        trainer.strategy.barrier("prompts evaluated")
+
+    def _complete(self, made: list[Row], real: Seen | None, next_real: Seen | None) -> list[Row]:
+        """Add the row of real images, the floors and what else all rows share."""
         names = metric_names(self.extractor.name)
         floors, sizes = {names["teacher"]: made[0]["fd_teacher"]}, {"teacher": self.num_samples}
         if real is not None:
@@ -158,18 +163,13 @@ class PromptEvaluation(Callback):
         if next_real is not None:
             figures = self._figures(next_real, None, None, real)
             floors[names["test"]] = figures["fd_test"]
-            made.append({"method": "real", **figures, "num_images": len(next_real.images)})
+            made = [*made, {"method": "real", **figures, "num_images": len(next_real.images)}]
         shared = {
             "dataset": "prompts" if self.source is None else self.source.name,
             "clip_model": None if self.clip_score is None else self.clip_score.name,
             **{"floors": floors, "reference_images": sizes},
         }
-        self.rows = [make_row(self.extractor.name, **row, **shared) for row in made]
-        folder = Path(trainer.default_root_dir)
-        write_rows(self.rows, folder / "metrics.json")
-        self._draw(models, sets, real, folder / "comparison.png")
-        print(f"\n{format_table(self.rows, self.extractor.name)}")
-        print(f"Numbers: {folder / 'metrics.json'}\nPicture: {folder / 'comparison.png'}\n")
+        return [make_row(self.extractor.name, **row, **shared) for row in made]
 
     def _real(
         self, images: PromptedImages, teacher: PromptedModel

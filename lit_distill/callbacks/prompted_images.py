@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm import tqdm
 
 from lit_distill.datamodules import CaptionedImages
@@ -106,7 +106,8 @@ class PromptedImages:
     seen of all.
 
     Args:
-        trainer: The running trainer, of whose processes this is the first.
+        trainer: The running trainer. Its processes each make their share of the batches, and all
+            know what was seen of all.
         extractor: What sees the images.
         prompts: What is asked for.
         labels: (len(prompts),) The extractor's class that each prompt asks for, or None.
@@ -123,8 +124,9 @@ class PromptedImages:
         clip_score: ClipScore | None,
         batch_size: int,
     ) -> None:
-        self.trainer, self.prompts, self.clip_score = trainer, list(prompts), clip_score
+        self.trainer, self.prompts = trainer, list(prompts)
         self.device = trainer.strategy.root_device
+        self.clip_score = None if clip_score is None else clip_score.to(self.device)
         self.extractor, self.batch_size = extractor.to(self.device), batch_size
         self.labels = None if labels is None else torch.tensor(list(labels))
 
@@ -147,9 +149,10 @@ class PromptedImages:
 
     def _seen(self, made: Callable[[range, list[str]], Tensor], rows: range, title: str) -> Seen:
         """Make images of rows and prompts ``(N, C, H, W)`` uint8 batch by batch, and look."""
-        parts: list[ImageSet] = []
-        firsts = range(rows.start, rows.stop, self.batch_size)
-        for first in tqdm(firsts, title, leave=False, disable=None):
+        parts: dict[int, ImageSet] = {}
+        rank, count = self.trainer.global_rank, self.trainer.world_size
+        firsts = range(rows.start, rows.stop, self.batch_size)[rank::count]
+        for first in tqdm(firsts, title, leave=False, disable=True if rank else None):
             part = range(first, min(first + self.batch_size, rows.stop))
             asked = [i % len(self.prompts) for i in part]
             prompts = [self.prompts[i] for i in asked]
@@ -161,6 +164,10 @@ class PromptedImages:
                 labels = self.labels[asked]
             looked = describe(self.extractor, images, labels, device=self.device)
             left = max(0, _KEPT - (first - rows.start))
-            parts.append(joined([looked], left))
+            parts[first] = joined([looked], left)
+        if count > 1:
+            every: list[Any] = [None] * count
+            distributed.all_gather_object(every, parts)
+            parts = {first: seen for found in every for first, seen in found.items()}
         score = None if self.clip_score is None else self.clip_score.compute()
-        return Seen(joined(parts, _KEPT), score)
+        return Seen(joined([parts[first] for first in sorted(parts)], _KEPT), score)

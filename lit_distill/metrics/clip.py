@@ -37,9 +37,13 @@ class ClipScore:
 
     def __init__(self, model: str = "openai/clip-vit-large-patch14") -> None:
         self.name = model
-        # One process has all images: adding up over processes would be wrong.
         load: Any = partial(_load, _folder(model))  # of what stands in for torchmetrics' types
-        self._metric = CLIPScore(load, sync_on_compute=False)
+        self._metric = CLIPScore(load)
+
+    def to(self, device: torch.device) -> "ClipScore":
+        """Go to where the images are."""
+        self._metric.to(device)
+        return self
 
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
         """Take in images and their prompts.
@@ -52,7 +56,7 @@ class ClipScore:
             self._metric.update(list(images.expand(-1, 3, -1, -1)), list(prompts))
 
     def compute(self) -> float:
-        """The score of what was taken in since the last time."""
+        """The score of what was taken in since the last time, by all processes: each calls it."""
         score = float(self._metric.compute())
         self._metric.reset()
         return score

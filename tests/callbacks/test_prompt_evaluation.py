@@ -1,6 +1,8 @@
 """The table and the picture of a text-to-image test, on an untrained model."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "metrics"))
+from prompt_script import evaluate
 from small_clip import by_hand, clip_folder
 from small_text import text_folder
 from tiny import trainer
@@ -175,6 +178,27 @@ def test_the_clip_score_is_that_of_the_prompts(folder, tmp_path, capsys):
         assert row["clip_score"] == pytest.approx(float(expected), rel=1e-3)
     assert student["clip_score"] not in (None, teacher["clip_score"])
     assert f"clip_score: 100 cos(image, prompt) by {clip}" in capsys.readouterr().out
+
+
+def test_two_processes_measure_what_one_does(folder, tmp_path):
+    clip = clip_folder(tmp_path / "clip", seed=2)
+    evaluate(folder, clip, tmp_path / "one", 1)
+    script = Path(__file__).parent / "prompt_script.py"
+    done = subprocess.run(
+        [sys.executable, str(script), folder, clip, str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two"))
+    assert [row["method"] for row in two] == ["teacher", "LatentConsistencyDistillation", "real"]
+    for row, expected in zip(two, one, strict=True):
+        for name in expected.keys() - {"latency_ms", "images_per_second", "throughput"}:
+            if isinstance(expected[name], float):
+                assert row[name] == pytest.approx(expected[name], rel=1e-6), name
+    assert one[0]["clip_score"] > 1 and one[1]["paired_distance"] > 0
 
 
 def test_of_large_sets_few_images_are_kept(folder, tmp_path, monkeypatch):
