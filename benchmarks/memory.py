@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from lit_distill.datamodules import ImageDataModule
 from lit_distill.diffusion import EpsilonDenoiser
@@ -106,14 +107,19 @@ def size(tensors: Iterable[Any], device: torch.device) -> int:
     return sum(found.values())
 
 
-def measure(choice: str, batch_size: int, precision: str) -> dict[str, Any]:
-    """Train two updates and count."""
-    options = dict(CHOICES[choice])
-    optimizer = optimizer_of(options.pop("optimizer", None))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    teacher = EpsilonDenoiser(UNet.wrap(network()))
-    own = sum(p.numel() for p in teacher.parameters())
-    module = DMD(teacher, regression_weight=0, optimizer=optimizer, **options)
+def resident() -> int:
+    """The process's largest resident memory so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def train_and_count(
+    module: LightningModule,
+    data: ImageDataModule,
+    precision: str,
+    before: int,
+    average_elsewhere: bool = False,
+) -> dict[str, Any]:
+    """Train two updates and count; ``before`` is what was resident without the networks."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="auto",
@@ -128,35 +134,43 @@ def measure(choice: str, batch_size: int, precision: str) -> dict[str, Any]:
             default_root_dir=folder,
         )
         began = time.perf_counter()
-        trainer.fit(module, Images(batch_size))
+        trainer.fit(module, data)
         seconds = time.perf_counter() - began
     device = trainer.strategy.root_device
-    average = [t for a in module.averages for t in a.parameters()]
+    averages = [m for m in module.modules() if isinstance(m, AveragedModel)]
+    average = [t for a in averages for t in a.parameters()]
     averaged = {id(tensor) for tensor in average}
     weights = [p for p in module.parameters() if id(p) not in averaged]
     states = [t for o in trainer.optimizers for s in o.state.values() for t in s.values()]
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident() - before
     counted = {
         "weights": size(weights, device),
         "gradients": size((p.grad for p in weights if p.grad is not None), device),
         "optimizer": size(states, device),
         # Kept elsewhere it is none of the device's, also where the test's device is a CPU.
-        "average": 0 if options.get("ema_device") == "cpu" else size(average, device),
+        "average": 0 if average_elsewhere else size(average, device),
     }
-    total = sum(counted.values())
     return {
-        "choice": choice,
         **{f"{name}_mb": value / 2**20 for name, value in counted.items()},
-        "total_mb": total / 2**20,
-        "copies": total / (4 * own),
+        "total_mb": sum(counted.values()) / 2**20,
         "trained": sum(p.numel() for p in module.student.parameters()),
         "peak_mb": peak / 2**20,
         "seconds": seconds,
         "device": device.type,
     }
+
+
+def measure(choice: str, batch_size: int, precision: str) -> dict[str, Any]:
+    """Count for a choice."""
+    options = dict(CHOICES[choice])
+    optimizer = optimizer_of(options.pop("optimizer", None))
+    before = resident()
+    teacher = EpsilonDenoiser(UNet.wrap(network()))
+    own = sum(p.numel() for p in teacher.parameters())
+    module = DMD(teacher, regression_weight=0, optimizer=optimizer, **options)
+    elsewhere = options.get("ema_device") == "cpu"
+    found = train_and_count(module, Images(batch_size), precision, before, elsewhere)
+    return {"choice": choice, **found, "copies": found["total_mb"] * 2**20 / (4 * own)}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 _KEYS = (
     *("method", "dataset", "solver", "steps", "num_images", "seed", "parameters"),
     *(field.name for figures in (Measures, Cost) for field in fields(figures)),
-    *("floors", "reference_images"),
+    *("clip_score", "clip_model", "floors", "reference_images"),
     *("student_updates", "teacher_evaluations", "train_seconds", "peak_memory_mb"),
 )
 
@@ -108,12 +108,15 @@ def format_table(rows: Sequence[Row], extractor: str) -> str:
         "cov. train": ("coverage_train", _share),
         "label": ("label_accuracy", _share),
         "entropy": ("class_entropy", _share),
+        "clip_score": ("clip_score", _number),
         "nearest": ("nearest_train", _number),
         "paired": ("paired_distance", _number),
         "ms": ("latency_ms", _number),
         "images/s": ("images_per_second", _number),
     }
-    used = {head: key for head, key in columns.items() if any(r[key[0]] is not None for r in rows)}
+    used = {
+        head: key for head, key in columns.items() if any(r.get(key[0]) is not None for r in rows)
+    }
     cells = [[_cell(row, *column) for column in used.values()] for row in rows]
     lines = [list(used), *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
@@ -128,15 +131,22 @@ def _notes(rows: Sequence[Row], names: dict[str, str]) -> list[str]:
     """What stands below the table."""
     references, floors = rows[0]["reference_images"], rows[0]["floors"]
     notes = ["coverage, recall: of the teacher's images from other noise."]
-    if "test" in references:
+    if "train" in references:
         notes = [
             f"{names['test']}: to {references['test']:,} held-out images; coverage, recall: of "
             f"these; nearest: pixel distance to the nearest of {references['train']:,} training "
             "images."
         ]
+    elif "test" in references:
+        notes = [
+            f"{names['test']}: to the {references['test']:,} images that the prompts were written "
+            "for; coverage, recall: of these."
+        ]
+    if rows[0].get("clip_score") is not None:
+        notes.append(f"clip_score: 100 cos(image, prompt) by {rows[0]['clip_model']}.")
     if any(row.get(f"{names['test']}_interval") for row in rows):
         notes.append("Behind ±: half of the 95% interval (metrics.json), of images drawn anew.")
-    if names["train"] == "fid_train":
+    if names["train"] == "fid_train" and "train" in references:
         notes.append(
             f"fid_train: to {references['train']:,} training images, as published figures are "
             "(of 50,000 samples)."

@@ -1,6 +1,7 @@
 """Data modules: real images, captioned latents, noise to predict on, and noise-image pairs."""
 
 from lit_distill.datamodules.base import ImageDataModule, to_signed
+from lit_distill.datamodules.caption_shards import CaptionedParquet, CaptionedWebDataset
 from lit_distill.datamodules.captions import (
     CaptionedDigits,
     CaptionedFolder,
@@ -21,6 +22,8 @@ __all__ = [
     "CaptionedDigits",
     "CaptionedFolder",
     "CaptionedImages",
+    "CaptionedParquet",
+    "CaptionedWebDataset",
     "CelebADataModule",
     "DigitsDataModule",
     "ImageDataModule",

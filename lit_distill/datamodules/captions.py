@@ -1,22 +1,26 @@
 """Where captions come from, and the images that they tell of."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lit_distill.datamodules.digits import DigitsDataModule
+from lit_distill.datamodules.frame import open_picture
+from lit_distill.datamodules.image_files import ENDINGS
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 _PHRASES = ("a handwritten {}", "the digit {}", "a picture of a {}", "{}")
 
 
 class CaptionedImages:
     """Captions for training, and images where there are any.
+
+    Images are resized so that they cover the frame, and cut at its centre.
 
     Attributes:
         name: Short name of the data.
@@ -32,15 +36,40 @@ class CaptionedImages:
         """A text that is another one for other data."""
         raise NotImplementedError
 
-    def images(self, indices: range, shape: tuple[int, ...]) -> Tensor:
-        """Images ``(N, *shape)`` uint8."""
+    def files(self, indices: range) -> Iterator[tuple[str, bytes]]:
+        """Image files: where each is from, for a message, and what it contains."""
         raise NotImplementedError
+
+    def images(self, indices: range, shape: tuple[int, ...]) -> Tensor:
+        """Read images.
+
+        Args:
+            indices: Which ones; in their order, sources need not read anything twice.
+            shape: ``(C, H, W)``, with 1 or 3 channels.
+
+        Returns:
+            ``(N, C, H, W)`` uint8.
+
+        Raises:
+            ValueError: If a file cannot be read as an image.
+        """
+        return torch.stack([_pixels(where, file, shape) for where, file in self.files(indices)])
+
+
+def _pixels(where: str, content: bytes, shape: tuple[int, ...]) -> Tensor:
+    """An image ``(C, H, W)`` uint8 of a file."""
+    channels, height, width = shape
+    try:
+        picture = open_picture(content, channels, 2 * max(height, width))
+    except Exception as error:  # of any class: what matters is which file it was
+        raise ValueError(f"{where} cannot be read as an image ({error}).") from error
+    picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture).reshape(height, width, channels)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
 class CaptionedFolder(CaptionedImages):
     """A folder with a ``metadata.jsonl``: on each line ``{"file_name": "x.png", "text": "a cat"}``.
-
-    Images are resized so that they cover the square, and cut at its centre.
 
     Args:
         folder: The folder; images may lie in folders within.
@@ -62,7 +91,7 @@ class CaptionedFolder(CaptionedImages):
                 '{"file_name": "0001.png", "text": "a cat"}.'
             )
         self.captions: list[str] = []
-        self.files: list[str] = []
+        self._files: list[str] = []
         for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
             if line.strip():
                 self._add(line, f"{metadata}, line {number}")
@@ -88,16 +117,16 @@ class CaptionedFolder(CaptionedImages):
                 )
             if not (self.folder / file).is_file():
                 raise ValueError(f"{where} names the image {file}, which is not there.")
-            self.files.append(file)
+            self._files.append(file)
 
     def _check(self) -> None:
         """Refuse images without a caption: a file was forgotten, or the wrong one was given."""
         there = {
             p.relative_to(self.folder).as_posix()
             for p in self.folder.rglob("*")
-            if p.suffix.lower() in _SUFFIXES
+            if p.suffix.lower() in ENDINGS
         }
-        if silent := sorted(there - {Path(file).as_posix() for file in self.files}):
+        if silent := sorted(there - {Path(file).as_posix() for file in self._files}):
             raise ValueError(
                 f"{len(silent)} images in {self.folder} have no caption in metadata.jsonl, the "
                 f"first is {silent[0]}: add lines for them, or move them elsewhere."
@@ -105,36 +134,13 @@ class CaptionedFolder(CaptionedImages):
 
     def identity(self) -> str:
         """All lines."""
-        return json.dumps([self.captions, self.files])
+        return json.dumps([self.captions, self._files])
 
-    def images(self, indices: range, shape: tuple[int, ...]) -> Tensor:
-        """Read images.
-
-        Args:
-            indices: Which ones.
-            shape: ``(C, H, W)``, with 1 or 3 channels.
-
-        Returns:
-            ``(N, C, H, W)`` uint8.
-
-        Raises:
-            ValueError: If a file cannot be read as an image.
-        """
-        return torch.stack([self._image(self.folder / self.files[i], shape) for i in indices])
-
-    def _image(self, file: Path, shape: tuple[int, ...]) -> Tensor:
-        channels, height, width = shape
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert("L" if channels == 1 else "RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{file} cannot be read as an image ({error}).") from error
-        factor = max(height / image.height, width / image.width)
-        size = max(width, round(factor * image.width)), max(height, round(factor * image.height))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-        left, top = (size[0] - width) // 2, (size[1] - height) // 2
-        pixels = np.asarray(image.crop((left, top, left + width, top + height)))
-        return torch.from_numpy(pixels.reshape(height, width, channels).copy()).permute(2, 0, 1)
+    def files(self, indices: range) -> Iterator[tuple[str, bytes]]:
+        """The files of the lines ``indices``."""
+        for i in indices:
+            file = self.folder / self._files[i]
+            yield str(file), file.read_bytes()
 
 
 class CaptionedDigits(CaptionedImages):

@@ -60,16 +60,8 @@ class Frame:
         Raises:
             Exception: If it cannot be decoded; Pillow's readers raise errors of many classes.
         """
-        with Image.open(io.BytesIO(content)) as file:
-            if self.crop != "exact":  # a JPEG is decoded at a half, a quarter, ... if that suffices
-                enough = math.ceil(2 * self.size / self.side)
-                file.draft(None, (enough, enough))
-            picture = _to_8_bits(ImageOps.exif_transpose(file))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
-        picture = self._resized(picture.convert("L" if self.channels == 1 else "RGB"))
+        side = None if self.crop == "exact" else math.ceil(2 * self.size / self.side)
+        picture = self._resized(open_picture(content, self.channels, side))
         pixels = np.asarray(picture).reshape(self.size, self.size, self.channels)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -88,6 +80,28 @@ class Frame:
                 left, top = math.floor(left), math.floor(top)
             box = (left, top, left + side, top + side)
         return picture.resize((self.size, self.size), Image.Resampling.LANCZOS, box)
+
+
+def open_picture(content: bytes, channels: int, enough: int | None = None) -> Image.Image:
+    """Decode a picture as :class:`Frame` says, at its own size.
+
+    Args:
+        content: What the file contains.
+        channels: 1 (grey) or 3 (RGB).
+        enough: Sides that suffice: a JPEG that is larger is decoded at a half, a quarter, ...
+
+    Raises:
+        Exception: If it cannot be decoded; Pillow's readers raise errors of many classes.
+    """
+    with Image.open(io.BytesIO(content)) as file:
+        if enough is not None:
+            file.draft(None, (enough, enough))
+        picture = _to_8_bits(ImageOps.exif_transpose(file))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("L" if channels == 1 else "RGB")
 
 
 def _to_8_bits(picture: Image.Image) -> Image.Image:

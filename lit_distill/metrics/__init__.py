@@ -1,5 +1,6 @@
 """What a set of generated images is worth and costs: extractors, figures, and all of them."""
 
+from lit_distill.metrics.clip import ClipScore
 from lit_distill.metrics.cost import Cost, Sampler, measure_cost
 from lit_distill.metrics.evaluation import ImageSet, Measures, describe, measure
 from lit_distill.metrics.extractors import (
@@ -25,6 +26,7 @@ from lit_distill.metrics.figures import (
 from lit_distill.metrics.resnet import ResNet56Extractor
 
 __all__ = [
+    "ClipScore",
     "Cost",
     "DigitsExtractor",
     "Extractor",

@@ -6,6 +6,7 @@ the labels and the distance to the nearest training image beside it. Real held-o
 in the same way, are the yardstick.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class ImageSet:
     """Images with what an extractor says of them; all on the CPU.
 
     Attributes:
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8; of a set that is too large to keep, the first of them.
         labels: (N,) int64, the labels asked for or given with the data; None without classes.
         features: (N, F) float32.
         logits: (N, K) float32; None if the extractor is no classifier of the data's labels.
@@ -47,7 +48,7 @@ class ImageSet:
     logits: Tensor | None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.features)
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,24 @@ def describe(
     return ImageSet(images, labels, torch.cat(features), torch.cat(logits) if logits else None)
 
 
+def joined(parts: Sequence[ImageSet], keep: int) -> ImageSet:
+    """One set of several, in their order.
+
+    Args:
+        parts: At least one.
+        keep: How many images to keep, if there are more; features and logits are kept of all.
+    """
+    images = torch.cat([part.images[:keep] for part in parts])[:keep]
+    labels = [part.labels for part in parts if part.labels is not None]
+    logits = [part.logits for part in parts if part.logits is not None]
+    return ImageSet(
+        images,
+        torch.cat(labels) if labels else None,
+        torch.cat([part.features for part in parts]),
+        torch.cat(logits) if logits else None,
+    )
+
+
 def measure(
     samples: ImageSet,
     *,
@@ -139,7 +158,8 @@ def measure(
         train: Training images.
         test: Held-out images.
         teacher: The teacher's samples from other noise than the set's own.
-        paired: (N, C, H, W) uint8, the teacher's images from the set's own noise.
+        paired: (N, C, H, W) uint8, the teacher's images from the set's own noise; as many as there
+            are images in ``samples``.
         resamples: Draws of each bootstrap interval; 0 leaves the intervals out.
 
     Returns:

@@ -171,7 +171,9 @@ def test_the_report_is_written(tested, capsys):
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_the_table_can_be_read(tmp_path, capsys):
+def test_the_table_can_be_read(tmp_path, capsys, monkeypatch):
+    # On a fast machine images/s has more digits.
+    monkeypatch.setattr("lit_distill.metrics.cost._median_seconds", lambda run, device: 1e-3)
     run_test(tmp_path / "run", Toy(ToyDenoiser()))
     printed = capsys.readouterr().out
     assert printed.count("Toy") == 1 and "real held-out" in printed
