@@ -32,7 +32,6 @@ from torch import Tensor
 
 from lit_distill.datamodules import CaptionedImages, LatentTextDataModule
 from lit_distill.methods import DMD, LatentConsistencyDistillation
-from lit_distill.methods.base import round_weights
 from lit_distill.models import LoRA, load_denoiser, small_text_to_image
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "coco"
@@ -146,17 +145,15 @@ def measure(choice: Choice, batch_size: int, precision: str) -> dict[str, Any]:
         data.prepare_data()
         before = resident()
         teacher = load_denoiser(folder)
+        options: dict[str, Any] = {"lora": choice.lora, "optimizer": ADAM}
+        options["teacher_precision"] = choice.backbone or "float32"
         if choice.is_dmd:
-            options = {"regression_weight": 0.0, "guidance": choice.options["guidance"]}
-            options["teacher_precision"] = choice.backbone or "float32"
-            module: Any = DMD(teacher, lora=choice.lora, optimizer=ADAM, **options)
+            options |= {"regression_weight": 0.0, "guidance": choice.options["guidance"]}
+            module: Any = DMD(teacher, **options)
         else:
-            round_weights(teacher, choice.backbone or "float32")
-            options = {"guidance": tuple(choice.options["guidance"])}
-            options["target"] = choice.options.get("target", "stop_gradient")
-            module = LatentConsistencyDistillation(
-                teacher, lora=choice.lora, optimizer=ADAM, **options
-            )
+            options |= {"guidance": tuple(choice.options["guidance"])}
+            options |= {"target": choice.options.get("target", "stop_gradient")}
+            module = LatentConsistencyDistillation(teacher, **options)
         return train_and_count(module, data, precision, before)
 
 

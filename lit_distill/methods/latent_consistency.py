@@ -1,6 +1,6 @@
 """Latent consistency distillation of guided text-to-image models (Luo et al. 2023)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from lit_distill.methods.base import (
     condition_of,
     network_of,
     noised,
+    round_weights,
     student_of,
 )
 from lit_distill.methods.consistency import (
@@ -69,6 +70,7 @@ class LatentConsistencyDistillation(DistillationModule):
         target_decay: Decay of that average.
         lora: Train low-rank adapters on the teacher's network instead of a network of its own.
         student: What the student starts from, where that is not the teacher; not with ``lora``.
+        teacher_precision: ``bfloat16`` halves the teacher's memory; what shares its network too.
         steps: Steps of a sampling run where none are asked for.
         base: Arguments of :class:`DistillationModule`.
 
@@ -86,6 +88,7 @@ class LatentConsistencyDistillation(DistillationModule):
         target_decay: float = 0.95,
         lora: LoRA | None = None,
         student: str | Denoiser | None = None,
+        teacher_precision: Literal["float32", "bfloat16"] = "float32",
         steps: int = 4,
         **base: Any,
     ) -> None:
@@ -98,6 +101,7 @@ class LatentConsistencyDistillation(DistillationModule):
         if lora is None:
             add_inputs(generator, ("guidance",))
         assert isinstance(generator, LatentConsistencyDenoiser)
+        round_weights(frozen, teacher_precision)
         generator.few_steps = FewSteps(trained=(4, 1, 2, 8), gamma=1.0)
         super().__init__(generator, frozen, steps=steps, **base)
         self.save_hyperparameters(logger=False)

@@ -13,7 +13,7 @@ from tiny import denoiser, epsilon
 
 from lit_distill.diffusion import GuidedDenoiser, jump
 from lit_distill.methods import LatentConsistencyDistillation
-from lit_distill.models import LoRA
+from lit_distill.models import LoRA, load_denoiser
 
 PROMPTS = ["one", "a handwritten two", "three", "zero", "four", "five", "the digit six", ""]
 
@@ -166,6 +166,7 @@ def test_v_prediction_gives_the_same_student_as_the_noise():
         ({"grid_steps": 0}, "the grid has 1 to 1000 times"),
         ({"lora": LoRA(rank=2), "student": "x"}, "leave student out"),
         ({"target": "x"}, "choose stop_gradient or ema"),
+        ({"teacher_precision": "float16"}, "choose float32 or bfloat16"),
     ],
 )
 def test_impossible_settings_are_refused(options, sentence):
@@ -175,6 +176,27 @@ def test_impossible_settings_are_refused(options, sentence):
 
 def test_adapters_may_be_trained_at_one_scale():
     LatentConsistencyDistillation(epsilon(), guidance=(4.0, 4.0), lora=LoRA(rank=2))
+
+
+@pytest.mark.parametrize("adapters", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_a_teacher_in_bfloat16_trains_a_student_in_float32(folder, adapters):
+    plain, rounded = (
+        method(folder, lora=adapters, teacher_precision=precision)
+        for precision in ("float32", "bfloat16")
+    )
+    assert {p.dtype for p in rounded.teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in rounded.student.parameters()} == {torch.float32}
+    assert rounded.teacher.original == load_denoiser(folder).fingerprint()
+    embeds = plain.teacher.codec.embed(PROMPTS)
+    batch = {"image": torch.randn(8, *plain.teacher.image_shape), "prompt_embeds": embeds}
+    losses = []
+    for module in (plain, rounded):
+        torch.manual_seed(1)
+        losses.append(module.training_step(batch, 0))
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.1, atol=0)
+    losses[1].backward()
+    assert all(p.grad is not None for p in rounded.student.parameters() if p.requires_grad)
 
 
 def test_a_teacher_without_a_table_is_refused():
