@@ -158,7 +158,7 @@ class PromptEvaluation(Callback):
         models = [teacher]
         if module.teacher is not None:
             name = type(pl_module).__name__
-            models += [_Model(name, network, n, None, self.guidance) for n in self.steps]
+            models += [_Model(name, network, n, module.solver, self.guidance) for n in self.steps]
         sets = [self._images(trainer, model, self.seed) for model in models]
         other = self._images(trainer, teacher, self.seed + self.num_samples)
         spent = {
@@ -175,7 +175,7 @@ class PromptEvaluation(Callback):
                     **{"method": model.method, "solver": model.solver, "steps": model.steps},
                     **figures,
                     **asdict(self._cost(trainer, model)),
-                    **({} if model.solver else spent),
+                    **({} if model is teacher else spent),
                     "parameters": sum(p.numel() for p in model.denoiser.parameters()),
                     **{"num_images": self.num_samples, "seed": self.seed},
                 }

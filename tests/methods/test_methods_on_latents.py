@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from small_text import text_folder
 from tiny import adam, trainer
 
-from lit_distill.callbacks import PairWriter
+from lit_distill.callbacks import PairWriter, SampleGrid
 from lit_distill.datamodules import (
     CaptionedDigits,
     CaptionedFolder,
@@ -107,7 +107,8 @@ def test_stored_pairs_are_the_guided_teachers(folder, data, pairs):
 @pytest.mark.parametrize("name", PAIRED)
 def test_pairs_with_prompts_are_trained_on(name, folder, pairs, tmp_path):
     module = PAIRED[name](folder, optimizer=adam)
-    trainer(tmp_path, max_steps=2).fit(module, pairs)
+    trainer(tmp_path, SampleGrid(num_images=2, columns=2), max_steps=2).fit(module, pairs)
+    assert sorted(p.stem for p in tmp_path.glob("samples/*.png")) == ["step-000000", "step-000002"]
     assert all(p.isfinite().all() for p in module.student.parameters())
 
 
