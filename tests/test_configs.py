@@ -169,7 +169,7 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
         for name in needed(file):
             provide(f"{dataset}/{name}")
         if dataset == "coco":
-            more = (*more, *small_coco(text))
+            more = (*more, *small_coco(text, shelf))
         options = (*ON_CPU, *CHEAPER.get(file, ()), *more)
         if "PairWriter" in text:
             ended = command("predict", "--config", CONFIGS / file, *options, *FEW_PAIRS)
@@ -202,9 +202,11 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
     return run_file
 
 
-def small_coco(text: str) -> tuple[object, ...]:
+def small_coco(text: str, shelf: Path) -> tuple[object, ...]:
     """A small text-to-image model and captioned noise in the place of Stable Diffusion and COCO."""
-    teacher = text_folder(Path("sd"), channels=3)
+    teacher = shelf / "sd"
+    if not teacher.exists():  # once, as two tokenizers of the same words may differ
+        text_folder(teacher, channels=3)
     Path("coco").mkdir(exist_ok=True)
     lines = []
     for i in range(8):
