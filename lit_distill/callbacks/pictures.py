@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,6 +11,7 @@ from torch import Tensor
 
 _INCHES = 0.55  # edge of one image
 _CAPTION = 1.7  # width of the column of captions, inches
+_LETTER = 0.075  # width of a letter of the title, inches
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
@@ -37,15 +39,17 @@ def draw_rows(rows: Mapping[str, Tensor], path: Path, columns: int, title: str =
         rows: Captions and their images (N, C, H, W) uint8 with 1 or 3 channels.
         path: The file; its folder is made, and it is replaced as a whole.
         columns: Images in a row.
-        title: Stands above the picture.
+        title: Stands above the picture, in as many lines as it takes.
     """
     heights = [-(-len(images) // columns) * _INCHES for images in rows.values()]
-    top = 0.4 if title else 0.0
-    figure = Figure(figsize=(_CAPTION + columns * _INCHES, sum(heights) + top))
+    width = _CAPTION + columns * _INCHES
+    lines = wrap(title, int(width / _LETTER))
+    top = 0.2 + 0.2 * len(lines) if lines else 0.0
+    figure = Figure(figsize=(width, sum(heights) + top))
     total = sum(heights) + top
-    left = _CAPTION / (_CAPTION + columns * _INCHES)
+    left = _CAPTION / width
     lower = sum(heights) / total
-    figure.text(0.5, 1 - top / total / 2, title, ha="center", va="center")
+    figure.text(0.5, 1 - top / total / 2, "\n".join(lines), ha="center", va="center")
     for (caption, images), inches in zip(rows.items(), heights, strict=True):
         height = inches / total
         lower -= height
