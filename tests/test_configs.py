@@ -56,6 +56,7 @@ CHEAPER: dict[str, tuple[object, ...]] = {
         *("--model.init_args.pipeline.vae_widths", "[8,16,16]"),
         *("--model.init_args.pipeline.unet_widths", "[16,16]"),
     ),
+    "coco/sfd.yaml": ("--model.init_args.accumulate", 1),
     "cifar10/pd.yaml": ("--model.init_args.teacher_steps", 4, "--model.init_args.updates", "[1,5]"),
     **{file: ("--model.init_args.steps", 2) for file in FILES if "pairs" in file},
 }
@@ -158,7 +159,7 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
         for name in needed(file):
             provide(f"{dataset}/{name}")
         if dataset == "coco":
-            more = (*more, *small_coco())
+            more = (*more, *small_coco(text, shelf))
         options = (*ON_CPU, *CHEAPER.get(file, ()), *more)
         if "PairWriter" in text:
             ended = command("predict", "--config", CONFIGS / file, *options, *FEW_PAIRS)
@@ -191,17 +192,24 @@ def run(command: Command, shelf: Path, vgg: Path) -> Run:
     return run_file
 
 
-def small_coco() -> tuple[object, ...]:
+def small_coco(text: str, shelf: Path) -> tuple[object, ...]:
     """A small text-to-image model and captioned noise in the place of Stable Diffusion and COCO."""
-    teacher = text_folder(Path("sd"), channels=3)
-    Path("coco").mkdir()
+    teacher = shelf / "sd"
+    if not teacher.exists():  # once, as two tokenizers of the same words may differ
+        text_folder(teacher, channels=3)
+    Path("coco").mkdir(exist_ok=True)
     lines = []
     for i in range(8):
         Image.effect_noise((20, 16), 50).convert("RGB").save(f"coco/{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"caption {i}"}))
     Path("coco/metadata.jsonl").write_text("\n".join(lines))
-    source = "--data.init_args.source.init_args.folder"
-    return ("--model.init_args.teacher", teacher, source, "coco")
+    model = "denoiser" if "denoiser:" in text else "teacher"
+    data = "data.init_args.data" if "PairsDataModule" in text else "data"
+    options = (f"--model.init_args.{model}", teacher)
+    options = (*options, f"--{data}.init_args.source.init_args.folder", "coco")
+    if "accumulate_grad_batches" in text:
+        options = (*options, "--trainer.accumulate_grad_batches", "2")
+    return options
 
 
 def small_network(option: str) -> tuple[str, ...]:
@@ -281,8 +289,10 @@ def test_every_data_set_has_its_stages() -> None:
     both = {"teacher", "pairs", *ode, *flows, "dmd", "dmd2", "sid", "ladd"}
     assert found["digits"] >= both | {"trajectories", "sfd_stored", "ct_scratch"}
     assert found["cifar10"] >= both
-    assert found["coco"] == {"lcm", "lcm_lora", "multi_boundary", "dmd"}
-    assert found["captions"] >= {"autoencoder", "teacher", "lcm", "lcm_lora"}
+    text_to_image = {"lcm", "lcm_lora", "multi_boundary", "dmd", "sfd"}
+    text_to_image |= {"pairs", "reflow", "instaflow"}
+    assert found["coco"] == text_to_image
+    assert found["captions"] == text_to_image | {"autoencoder", "teacher"}
     for file in FILES:
         for name in needed(file):
             made_by = f"{Path(file).parent.name}/{name}.yaml"

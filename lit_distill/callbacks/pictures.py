@@ -11,7 +11,7 @@ from torch import Tensor
 
 _INCHES = 0.55  # edge of one image
 _CAPTION = 1.7  # width of the column of captions, inches
-_LETTERS = 10  # of a title, an inch
+_LETTER = 0.075  # width of a letter of the title, inches
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
@@ -39,12 +39,12 @@ def draw_rows(rows: Mapping[str, Tensor], path: Path, columns: int, title: str =
         rows: Captions and their images (N, C, H, W) uint8 with 1 or 3 channels.
         path: The file; its folder is made, and it is replaced as a whole.
         columns: Images in a row.
-        title: Stands above the picture.
+        title: Stands above the picture, in as many lines as it takes.
     """
     heights = [-(-len(images) // columns) * _INCHES for images in rows.values()]
     width = _CAPTION + columns * _INCHES
-    lines = wrap(title, int(_LETTERS * width))
-    top = 0.2 * len(lines) + 0.2 if title else 0.0
+    lines = wrap(title, int(width / _LETTER))
+    top = 0.2 + 0.2 * len(lines) if lines else 0.0
     figure = Figure(figsize=(width, sum(heights) + top))
     total = sum(heights) + top
     left = _CAPTION / width

@@ -127,7 +127,8 @@ class PromptEvaluation(Callback):
         models = [teacher]
         if module.teacher is not None:
             name = type(pl_module).__name__
-            models += [PromptedModel(name, network, n, None, self.guidance) for n in self.steps]
+            solver = module.solver
+            models += [PromptedModel(name, network, n, solver, self.guidance) for n in self.steps]
         images = PromptedImages(
             trainer, self.extractor, self.prompts, self.labels, self.clip_score, self.batch_size
         )
@@ -140,7 +141,7 @@ class PromptEvaluation(Callback):
                     **{"method": model.method, "solver": model.solver, "steps": model.steps},
                     **self._figures(seen, sets[0], other, real),
                     **asdict(self._cost(trainer, model)),
-                    **({} if model.solver else self._spent(module)),
+                    **({} if model is teacher else self._spent(module)),
                     "parameters": sum(p.numel() for p in model.denoiser.parameters()),
                     **{"num_images": self.num_samples, "seed": self.seed},
                 }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_distill.callbacks.pictures import draw_rows, tile
 from lit_distill.callbacks.sampling import Draw, data_of, generative
-from lit_distill.datamodules import LatentTextDataModule
+from lit_distill.datamodules import LatentTextDataModule, PairsDataModule
 from lit_distill.diffusion import Condition
 from lit_distill.metrics.figures import to_uint8
 
@@ -80,10 +80,11 @@ class SampleGrid(Callback):
         data, classes = data_of(trainer, self), generative(module).student.num_classes
         draw = Draw(data.image_shape, classes, self.num_images, self.seed, self.num_images)
         noise, labels = draw.batch(0)
-        if not isinstance(data, LatentTextDataModule):
+        prompts = data.data if isinstance(data, PairsDataModule) else data
+        if not isinstance(prompts, LatentTextDataModule):
             return noise, labels
-        captions = torch.arange(self.num_images) % len(data.source.captions)
-        return noise, {"prompt_embeds": data.embeddings(captions)}
+        captions = torch.arange(self.num_images) % len(prompts.source.captions)
+        return noise, {"prompt_embeds": prompts.embeddings(captions)}
 
 
 def preview(

@@ -23,6 +23,7 @@ class GenerativeModule(Protocol):
 
     student: Denoiser
     teacher: Denoiser | None
+    solver: str | None
     teacher_evaluations: int
     train_seconds: float
     further_ema_decays: tuple[float, ...]

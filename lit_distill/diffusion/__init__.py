@@ -1,6 +1,7 @@
 """Denoisers, noise levels and solvers: pure torch, no Lightning."""
 
 from lit_distill.diffusion.contract import (
+    Codec,
     Condition,
     Denoiser,
     FewSteps,
@@ -55,6 +56,7 @@ from lit_distill.diffusion.solvers import (
 
 __all__ = [
     "SOLVERS",
+    "Codec",
     "Condition",
     "ConsistencyDenoiser",
     "Denoiser",

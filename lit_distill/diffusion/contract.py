@@ -37,6 +37,10 @@ class Codec(Protocol):
         """Images (B, C, H, W) in about [-1, 1] of latents (B, c, h, w)."""
         ...
 
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """The same, with a gradient to the latents."""
+        ...
+
     def condition(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """What a denoiser is asked with for prompts."""
         ...

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lit_distill.diffusion import Codec
+
 
 class Distance(nn.Module):
     """A distance between two batches of images ``(B, C, H, W)`` in [-1, 1].
 
     It is computed from features of both, so that those of a fixed target can be kept.
+
+    Attributes:
+        of_images: Whether it knows images only, so that latents are decoded for it; the others
+            compare any numbers.
     """
+
+    of_images: ClassVar[bool] = False
 
     def features(self, images: Tensor) -> list[Tensor]:
         """What is compared: for plain distances the images themselves."""
@@ -98,6 +106,8 @@ class Huber(Distance):
 class LPIPS(Distance):
     """Learned perceptual distance (Zhang et al. 2018), through the ``lpips`` package.
 
+    Methods compare latents by it as the images that they decode to, see :func:`as_distance`.
+
     Args:
         net: Backbone: ``vgg``, ``alex`` or ``squeeze``.
         resize: Side length that images are resized to before (224 in the DMD and consistency
@@ -110,6 +120,7 @@ class LPIPS(Distance):
         FileNotFoundError: If the weights are not there and cannot be downloaded.
     """
 
+    of_images = True
     _FILES: ClassVar[dict[str, str]] = {
         "vgg": "vgg16-397923af.pth",
         "alex": "alexnet-owt-7be5be79.pth",
@@ -208,6 +219,29 @@ def _unit(features: Tensor) -> Tensor:
     return features * (features.float().square().sum(1, keepdim=True) + 1e-20).rsqrt()
 
 
+class Decoded(Distance):
+    """A distance between latents ``(B, c, h, w)``: that of the images which they decode to.
+
+    The student's gradient passes through the frozen decoder; the target is decoded without one.
+
+    Args:
+        distance: Between images.
+        codec: The latent model's, which decodes.
+    """
+
+    def __init__(self, distance: Distance, codec: Codec) -> None:
+        super().__init__()
+        self.distance, self.codec = distance, codec
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The distance's features of the decoded latents."""
+        return self.distance.features(self.codec.decode_with_gradient(images))
+
+    def compare(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """As the distance does."""
+        return self.distance.compare(features, targets)
+
+
 DISTANCES: dict[str, type[Distance]] = {
     "lpips": LPIPS,
     "l2": L2,
@@ -218,14 +252,25 @@ DISTANCES: dict[str, type[Distance]] = {
 """Distances by name, with their default settings."""
 
 
-def as_distance(distance: str | Distance) -> Distance:
-    """A distance itself, or the one of that name.
+def as_distance(distance: str | Distance, codec: Codec | None = None) -> Distance:
+    """A distance itself, or the one of that name, between what a model works on.
+
+    Args:
+        distance: The distance, or a name in ``DISTANCES``.
+        codec: The model's :attr:`~lit_distill.diffusion.Denoiser.codec`. For latents a distance
+            that knows images only, such as LPIPS, sees them decoded; the others compare latents.
 
     Raises:
         ValueError: If the name is unknown.
     """
-    if isinstance(distance, Distance):
+    if not isinstance(distance, Distance):
+        distance = _named(distance)
+    if codec is None or not distance.of_images:
         return distance
+    return Decoded(distance, codec)
+
+
+def _named(distance: str) -> Distance:
     if distance not in DISTANCES:
         raise ValueError(
             f"distance={distance!r} is unknown; choose one of {', '.join(DISTANCES)}, or give a "

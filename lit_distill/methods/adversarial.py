@@ -117,7 +117,7 @@ class AdversarialDistillation(AlternatingDistillationModule):
             feature_network.requires_grad_(False)
         self.discriminator = Discriminator(self.backbone, feature_layers)
         self.real_score = GuidedDenoiser(frozen, guidance)
-        self.distance = as_distance(distance) if distillation_weight > 0 else None
+        self.distance = as_distance(distance, frozen.codec) if distillation_weight > 0 else None
         self.distillation_weight = distillation_weight
         self.sigma_distribution = sigma_distribution or LogNormalSigma(0.0, 1.0)
         self.adversarial_loss, self.r1_weight = adversarial_loss, r1_weight

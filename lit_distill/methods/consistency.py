@@ -86,7 +86,8 @@ class ConsistencyDistillation(DistillationModule):
         generator.few_steps = FewSteps(trained=(1, 2), gamma=1.0)
         super().__init__(generator, frozen, **base)
         self.save_hyperparameters(logger=False)
-        self.distance, self.teacher_solver = as_distance(distance), teacher_solver
+        self.distance = as_distance(distance, frozen.codec)
+        self.teacher_solver = teacher_solver
         self.guidance = guidance
         self.nodes = rho_grid(num_nodes - 1, generator.sigma_min, generator.sigma_max)
         self.ends = torch.zeros(num_nodes - 1, dtype=torch.float64)

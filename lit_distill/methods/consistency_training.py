@@ -59,7 +59,8 @@ class ConsistencyTraining(DistillationModule):
         student.few_steps = FewSteps(trained=(1, 2), gamma=1.0)
         super().__init__(student, **base)
         self.save_hyperparameters(logger=False)
-        self.distance, self.q, self.stage_updates = as_distance(distance), q, stage_updates
+        self.distance = as_distance(distance, student.codec)
+        self.q, self.stage_updates = q, stage_updates
         self.sigma_distribution = sigma_distribution or LogNormalSigma(-1.1, 2.0)
         self.train()
 

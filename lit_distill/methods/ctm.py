@@ -106,7 +106,7 @@ class ConsistencyTrajectory(AlternatingDistillationModule):
         self.save_hyperparameters(logger=False)
         assert average is not None
         self.average = average
-        self.distance, self.clip = as_distance(distance), clip
+        self.distance, self.clip = as_distance(distance, frozen.codec), clip
         self.nodes = rho_grid(num_nodes - 1, sigma_min, sigma_max)
         self.max_teacher_steps, self.teacher_solver = max_teacher_steps, teacher_solver
         self.inner_target, self.denoising_weight = inner_target, denoising_weight

@@ -150,7 +150,7 @@ class DMD(AlternatingDistillationModule):
         self.save_hyperparameters(logger=False)
         self.fake_score = fake
         self.real_score = GuidedDenoiser(frozen, guidance)
-        self.distance = as_distance(distance) if regression_weight > 0 else None
+        self.distance = as_distance(distance, frozen.codec) if regression_weight > 0 else None
         self.regression_weight, self.distribution_weight = regression_weight, distribution_weight
         self.noise_range, self.normalise, self.update_ratio = noise_range, normalise, update_ratio
         self.fake_optimizer, self.clip, self.fake_clip = fake_optimizer, clip, fake_clip

@@ -63,7 +63,7 @@ class KnowledgeDistillation(DistillationModule):
         generator.few_steps = FewSteps(trained=(1,))
         super().__init__(generator, frozen, **base)
         self.save_hyperparameters(logger=False)
-        self.distance = as_distance(distance)
+        self.distance = as_distance(distance, frozen.codec)
         self.online, self.teacher_steps, self.teacher_solver = online, teacher_steps, teacher_solver
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

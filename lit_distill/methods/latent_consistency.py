@@ -106,7 +106,7 @@ class LatentConsistencyDistillation(DistillationModule):
         super().__init__(generator, frozen, steps=steps, **base)
         self.save_hyperparameters(logger=False)
         self.guidance, self.skip = (low, high), len(generator.table) // grid_steps
-        self.distance = Huber() if distance is None else as_distance(distance)
+        self.distance = Huber() if distance is None else as_distance(distance, frozen.codec)
         self.times, self.table = generator.times(), generator.table
         self.average = target_of(generator, target, target_decay)
         self.train()

@@ -107,7 +107,7 @@ class SFD(AlternatingDistillationModule):
         generator.few_steps = FewSteps(counts, grids, analytical_first_step=analytical_first_step)
         super().__init__(generator, frozen, steps=counts[0], **base)
         self.save_hyperparameters(logger=False)
-        self.distance, self.clip = as_distance(distance), clip
+        self.distance, self.clip = as_distance(distance, frozen.codec), clip
         self.counts, self.analytical_first_step = counts, analytical_first_step
         self.teacher_substeps, self.teacher_solver = teacher_substeps, teacher_solver
 

@@ -68,7 +68,7 @@ class TrajectoryDistillation(DistillationModule):
         generator.few_steps = FewSteps(trained=(steps,), grids=(grid.tolist(),))
         super().__init__(generator, frozen, steps=steps, **base)
         self.save_hyperparameters(logger=False)
-        self.distance = as_distance(distance)
+        self.distance = as_distance(distance, frozen.codec)
         self.fine_grid = refined(grid, teacher_substeps)
         self.teacher_substeps, self.teacher_solver = teacher_substeps, teacher_solver
 

@@ -208,6 +208,8 @@ def _text_pipeline(denoiser: Denoiser, network: TextUNet) -> DiffusionPipeline:
         scheduler, alike = _lcm_scheduler(denoiser), _as_lcm(denoiser)
     else:
         (_, scheduler), alike = _stock(denoiser), _stock_samples_alike(denoiser)
+        # The pipeline scales its noise as the scheduler says, and that of flows says nothing.
+        alike = alike and not isinstance(denoiser, FlowDenoiser)
     codec = network.codec
     frozen = {
         "vae": codec.vae,

@@ -106,11 +106,11 @@ class LatentCodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` in about [-1, 1] of latents ``(B, c, h, w)``."""
-        self.vae.to(latents.device)
         return self.decode_with_gradient(latents)
 
     def decode_with_gradient(self, latents: Tensor) -> Tensor:
         """As :meth:`decode`, for distances between images that train on latents."""
+        self.vae.to(latents.device)
         parts = latents.split(max(1, _PIXELS_AT_ONCE // math.prod(self.image_shape[1:])))
         scaled = (part.to(self.vae.dtype) / self.vae.config.scaling_factor for part in parts)
         return torch.cat([self.vae.decode(part).sample for part in scaled]).to(latents.dtype)

@@ -27,7 +27,7 @@ from lit_distill.datamodules import (
     LatentTextDataModule,
 )
 from lit_distill.diffusion import GuidedDenoiser, sample, seeded_noise
-from lit_distill.methods import DiffusionTeacher, LatentConsistencyDistillation
+from lit_distill.methods import DiffusionTeacher, LatentConsistencyDistillation, Reflow
 from lit_distill.metrics import (
     ClipScore,
     DigitsExtractor,
@@ -81,6 +81,13 @@ def test_the_student_is_sampled_at_the_guidance_that_is_asked_for(folder, tmp_pa
     found = [evaluated(module, folder, tmp_path, steps=(1,), guidance=g)[1] for g in (1.5, 3.0)]
     assert [row["nfe"] for row in found] == [1, 1]  # it is told the scale
     assert found[0]["paired_distance"] != found[1]["paired_distance"]
+
+
+def test_a_module_with_a_solver_is_sampled_by_it(folder, tmp_path):
+    rows = evaluated(Reflow(folder), folder, tmp_path, steps=(2,))
+    assert [row["solver"] for row in rows] == ["ddim", "euler"]
+    assert [row["nfe"] for row in rows] == [6, 2]
+    assert [row["student_updates"] for row in rows] == [None, 0]
 
 
 def test_a_module_without_a_teacher_is_sampled_as_one(folder, tmp_path):

@@ -162,3 +162,14 @@ def test_pictures_show_each_block_with_square_pixels(tmp_path, channels):
     black, grey = (right == 0).all(1).sum(), (right == 200).all(1).sum()
     assert black / grey == pytest.approx(2, rel=0.1) and grey > 50  # two rows against one
     assert height > black + grey  # and the title above
+
+
+def test_a_title_longer_than_the_picture_is_wide_takes_two_lines(tmp_path):
+    images = {"x": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}
+    drawn = {}
+    for name, title in (("short", "title"), ("long", "a title of several words " * 2)):
+        draw_rows(images, tmp_path / f"{name}.png", columns=2, title=title)
+        drawn[name] = imread(tmp_path / f"{name}.png")
+    assert drawn["long"].shape[0] > drawn["short"].shape[0]
+    left, right = drawn["long"][:40, :3], drawn["long"][:40, -3:]
+    assert (left == 1).all() and (right == 1).all()

@@ -186,7 +186,26 @@ def test_images_that_are_too_small_are_refused(backbones, resize):
         distance(images(1, 1, 8, 8), images(1, 1, 8, 8))
 
 
-def test_latents_are_refused(squeeze):
+class TwiceAsLarge:
+    """Decodes latents of 2 channels to grey images."""
+
+    def decode_with_gradient(self, latents):
+        return latents.mean(1, keepdim=True).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def test_latents_are_decoded_for_distances_that_know_images_only(squeeze):
+    x, y = images(2, 2, 8, 8).requires_grad_(True), images(2, 2, 8, 8, seed=1).requires_grad_(True)
+    codec = TwiceAsLarge()
+    distance = as_distance(squeeze, codec)
+    decoded = [codec.decode_with_gradient(latents) for latents in (x, y)]
+    assert torch.equal(distance(x, y), squeeze(*decoded))
+    assert torch.equal(distance.compare(distance.features(x), distance.features(y)), distance(x, y))
+    distance(x, y).sum().backward()
+    assert y.grad is None and (x.grad != 0).any()
+    assert as_distance("l2", codec).__class__ is L2 and as_distance(squeeze) is squeeze
+
+
+def test_latents_without_a_decoder_are_refused(squeeze):
     with pytest.raises(ValueError, match="4 channels"):
         squeeze(images(1, 4, 32, 32), images(1, 4, 32, 32))
 

@@ -26,8 +26,10 @@ from lit_distill.diffusion import (
 )
 from lit_distill.methods import (
     SFD,
+    FlowDistillation,
     LatentConsistencyDistillation,
     MultiBoundaryConsistencyDistillation,
+    Reflow,
 )
 from lit_distill.models import (
     LatentCodec,
@@ -40,6 +42,8 @@ from lit_distill.models import (
 
 PROMPTS = ["a handwritten seven", "zero", "the digit two"]
 SEEDS = [3, 4, 2**33]
+# Students that bring their pipeline: steps and scale of guidance.
+OWN = {"sfd": (2, 3.0), "multi_boundary": (2, 1.0), "reflow": (3, 2.0), "instaflow": (1, 1.0)}
 LORA = LoRA(rank=4, alpha=2, target_modules=["to_q", "to_v", "conv1", "time_emb_proj"])
 
 
@@ -78,6 +82,9 @@ def exports(folder, tmp_path_factory):
         folder, boundaries=2, num_nodes=6, distance="l2"
     )
     save_denoiser(shaken(boundaries.student), root / "multi_boundary")
+    save_denoiser(shaken(Reflow(folder).student), root / "reflow")
+    instaflow = FlowDistillation(folder, distance="l2", student=str(root / "reflow"))
+    save_denoiser(instaflow.student, root / "instaflow")
     return root
 
 
@@ -100,9 +107,9 @@ def stock(folder, exports, tmp_path_factory):
         "adapter_4": job(folder, 4, 1.0, **adapter),
         "one_step": job(exports / "one_step", 1, 1.0),
     }
-    for name, scale in (("sfd", 3.0), ("multi_boundary", 1.0)):
+    for name, (steps, scale) in OWN.items():
         own = {"custom_pipeline": str(exports / name), "trust_remote_code": True}
-        jobs[name] = job(exports / name, 2, scale, loading=own)
+        jobs[name] = job(exports / name, steps, scale, loading=own)
     return images_of(jobs, tmp_path_factory.mktemp("stock"))
 
 
@@ -132,8 +139,8 @@ def ours(denoiser, steps, scale=1.0, solver=None):
         ("adapter_1", "merged", 1, 1.0, None),
         ("adapter_4", "merged", 4, 1.0, None),
         ("one_step", "one_step", 1, 1.0, None),
-        ("sfd", "sfd", 2, 3.0, None),
-        ("multi_boundary", "multi_boundary", 2, 1.0, None),
+        *((name, name, *sampling, None) for name, sampling in OWN.items() if name != "reflow"),
+        ("reflow", "reflow", *OWN["reflow"], "euler"),
     ],
 )
 def test_stock_diffusers_makes_the_same_pixels(
@@ -141,8 +148,7 @@ def test_stock_diffusers_makes_the_same_pixels(
 ):
     denoiser = load_denoiser(folder if source is None else exports / source)
     found, images = ours(denoiser, steps, scale, solver), torch.from_numpy(stock[name])
-    own = name in ("sfd", "multi_boundary")
-    pipeline = "FewStepPipeline" if own else "StableDiffusionPipeline"
+    pipeline = "FewStepPipeline" if name in OWN else "StableDiffusionPipeline"
     assert str(stock[f"{name}/pipeline"]) == pipeline
     assert f"{name}/warning" not in stock
     assert float((images[0] - images[1]).abs().mean()) > 1e-3
