@@ -11,6 +11,7 @@ follows for the recipes in configs/coco: memory of a GPU, and hours if it does 1
 
 import lit_distill  # noqa: F401  # isort: skip  # before diffusers: see lit_distill/_torchvision_ops.py
 
+import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -140,6 +141,8 @@ def with_adapter(rank: int, layers: list[str]) -> tuple[nn.Module, int]:
 
 
 def main() -> None:
+    """Count, and print the table."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     model, decoder, backbone = unet(), vae(), vgg()
     latents, pixels = empty(1, 4, 64, 64, learned=True), empty(1, 3, 224, 224, learned=True)
     works = {

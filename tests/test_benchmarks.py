@@ -12,6 +12,7 @@ FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "precision"])
 def test_a_benchmark_tells_its_options(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)  # they share code
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
