@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import yaml
+from small_text import text_folder
 from tiny import METHODS, run_alone, write_config
 
 SAVE = {"class_path": "tiny.SaveEachRank"}
@@ -65,6 +66,38 @@ def test_both_end_with_equal_weights(method, tmp_path, world):
         assert torch.equal(value, first[name]), name
     samples = 2 * (8 if METHODS[method].on_pairs else 100)  # a batch of both
     assert last["spent"]["teacher_evaluations"] == expected.evaluations * samples
+
+
+def test_two_compute_one_cache_of_latents_and_train_adapters_on_it(tmp_path):
+    root = tmp_path / "run"
+    folder = text_folder(tmp_path / "teacher")
+    trainer = {
+        **{"default_root_dir": str(root), "accelerator": "cpu", "devices": 2, "strategy": "ddp"},
+        **{"max_steps": 4, "max_epochs": -1, "limit_val_batches": 0, "logger": False},
+        **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": [SAVE]},
+    }
+    model = {
+        "class_path": "lit_distill.methods.LatentConsistencyDistillation",
+        "init_args": {"teacher": folder, "lora": {"rank": 2, "target_modules": ["to_q", "to_v"]}},
+    }
+    data = {
+        "class_path": "lit_distill.datamodules.LatentTextDataModule",
+        "init_args": {
+            "source": {"class_path": "lit_distill.datamodules.CaptionedDigits"},
+            **{"pipeline": folder, "cache": str(tmp_path / "cache"), "batch_size": 4},
+        },
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"trainer": trainer, "model": model, "data": data}))
+    result = run_alone(["fit", "--config", str(path)])
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    trained = [name for name in first if name.startswith("student.")]
+    assert trained and all("lora" in name for name in trained)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    drawn = [torch.load(root / f"rank{rank}-draw.pt", weights_only=True) for rank in range(2)]
+    assert not torch.equal(*[draw["image"] for draw in drawn])
 
 
 def test_pairs_of_two_are_bit_identical_to_those_of_one(tmp_path, world):
