@@ -31,7 +31,7 @@ Row = dict[str, Any]
 SHOWN = 20
 """Images of each row that the report shows."""
 _PATHS = 60  # trajectories that the report shows where the data are points
-_LOWEST = 0.006  # where the teacher's second grid ends: few steps are wasted on less
+_ENDS = (0.006, 0.02, 0.06)  # of the teacher's further grids: few steps are wasted on less
 _CHOSEN_BY = 5  # the teacher's solver is chosen by this part of the images, of other seeds
 
 
@@ -235,8 +235,10 @@ class Evaluator:
     def _best_solver(self, teacher: Denoiser, nfe: int) -> tuple[str, Sampler]:
         """The solver and grid that serve a teacher best at so few evaluations, and their name."""
         grids = {"own grid": teacher.sigmas(nfe)}
-        if nfe > 1 and teacher.sigma_min < _LOWEST < teacher.sigma_max < 1e3:
-            grids["even grid"] = rho_grid(nfe, _LOWEST, teacher.sigma_max)
+        if nfe > 1 and teacher.sigma_max < 1e3:
+            for end in _ENDS:
+                if teacher.sigma_min < end < teacher.sigma_max:
+                    grids[f"to {end:g}"] = rho_grid(nfe, end, teacher.sigma_max)
         tried = [
             (f"{solver}, {name}", _solved(teacher, solver, grid))
             for solver in (self.judge.solvers if nfe > 1 else ["euler"])
