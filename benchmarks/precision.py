@@ -27,7 +27,7 @@ def main() -> None:
     torch.set_num_threads(1)  # which other work on the machine does not slow down out of proportion
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = {"add_attention": False}
-    network = UNet(8, 1, 10, [32, 64], layers_per_block=1, norm_num_groups=8, options=options)
+    network = UNet(8, 1, 10, [16, 32], layers_per_block=1, norm_num_groups=8, options=options)
     denoiser = EDMDenoiser(network).to(device)
     x, sigma = torch.randn(128, 1, 8, 8, device=device), torch.ones(128, device=device)
     labels = torch.arange(128, device=device) % 10

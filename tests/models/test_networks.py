@@ -43,7 +43,15 @@ def test_the_cifar10_network_has_the_published_number_of_parameters():
 def test_the_digits_network_is_of_the_promised_size():
     # configs/digits/teacher.yaml
     with torch.device("meta"):
-        network = UNet(8, 1, 10, [32, 64], layers_per_block=1, norm_num_groups=8)
+        network = UNet(
+            8,
+            1,
+            10,
+            [16, 32],
+            layers_per_block=1,
+            norm_num_groups=8,
+            options={"add_attention": False},
+        )
     assert 150_000 <= parameters(network) <= 700_000
 
 
