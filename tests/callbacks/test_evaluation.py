@@ -1,12 +1,10 @@
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from alone import run_script
 from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib.image import imread
 from toy import (
@@ -380,13 +378,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
         folder.mkdir(parents=True)
     compare_with_teacher(folders[1], devices=1)  # tests run with one thread, see conftest.py
     script = Path(__file__).parent / "toy.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(folders[2]), "2"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = run_script(script, folders[2], 2, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two, other = (
         torch.load(folders[devices] / f"rank-{rank}.pt", weights_only=True)

@@ -1,8 +1,6 @@
 import json
-import os
 import resource
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -12,25 +10,18 @@ import safetensors.torch
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from alone import run_script
 from pair_script import Sampler, data, predict
 
 from lit_distill.datamodules import PairsDataModule
 from lit_distill.datamodules.pairs_folder import read_manifest, sha256, shards_in
 from lit_distill.diffusion import seeded_noise
 
+SCRIPT = Path(__file__).with_name("pair_script.py")
+
 
 def content(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def script(*arguments):
-    return subprocess.run(
-        [sys.executable, Path(__file__).with_name("pair_script.py"), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,7 +107,7 @@ def test_states_on_the_way_are_stored_beside_their_end(tmp_path):
 
 def test_a_killed_run_goes_on_at_the_first_missing_shard(tmp_path, whole):
     folder = tmp_path / "pairs"
-    assert script(folder, "--kill-at", 3).returncode == -signal.SIGKILL
+    assert run_script(SCRIPT, folder, "--kill-at", 3).returncode == -signal.SIGKILL
     assert shards_in(folder) == {0, 1, 2}
     assert not read_manifest(folder).complete and not read_manifest(folder).shards
     (folder / "shard-00003.safetensors.part").write_bytes(b"half a shard")
@@ -133,7 +124,7 @@ def test_a_killed_run_goes_on_at_the_first_missing_shard(tmp_path, whole):
 
 def test_two_processes_write_the_same_bytes_even_if_one_is_left_without_a_shard(tmp_path, whole):
     folder = tmp_path / "pairs"
-    result = script(folder, "--devices", 2, "--again", 4)
+    result = run_script(SCRIPT, folder, "--devices", 2, "--again", 4, processes=2)
     assert result.returncode == 0, result.stderr
     first = folder / "shard-00004.first"
     assert first.read_bytes() == (whole / "shard-00004.safetensors").read_bytes()

@@ -1,8 +1,6 @@
 """The table and the picture of a text-to-image test, on an untrained model."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "metrics"))
+from alone import run_script
 from prompt_script import evaluate
 from small_clip import by_hand, clip_folder
 from small_text import text_folder
@@ -191,13 +190,7 @@ def test_two_processes_measure_what_one_does(folder, tmp_path):
     clip = clip_folder(tmp_path / "clip", seed=2)
     evaluate(folder, clip, tmp_path / "one", 1)
     script = Path(__file__).parent / "prompt_script.py"
-    done = subprocess.run(
-        [sys.executable, str(script), folder, clip, str(tmp_path / "two")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = run_script(script, folder, clip, tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two"))
     assert [row["method"] for row in two] == ["teacher", "LatentConsistencyDistillation", "real"]

@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -12,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
+from alone import run_script
 from counted import CountedData, Recorder, numbers_of, trainer
 
 from lit_distill.datamodules.batches import BatchOrder, TrainLoader, even_share
@@ -218,14 +217,7 @@ def test_a_batch_of_mnist_size_costs_well_under_a_millisecond():
 
 def test_two_processes_share_the_data(tmp_path):
     script = Path(__file__).with_name("counted.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, script, tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run_script(script, tmp_path, processes=2)
     assert result.returncode == 0, result.stderr
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for epoch in range(2):

@@ -10,7 +10,8 @@ import signal
 
 import pytest
 import torch
-from tiny import run_alone, write_config
+from alone import run_alone
+from tiny import write_config
 
 from lit_distill.main import main
 

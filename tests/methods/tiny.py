@@ -4,8 +4,6 @@ import lit_distill  # noqa: F401  # isort: skip  # before lightning: see lit_dis
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -330,18 +328,6 @@ def write_config(path: Path, root: Path, method: str, world: Path, **options: An
     config = {"trainer": {**run, **options}, "model": row.model(world / row.teacher), "data": data}
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def run_alone(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command of the command line in a process of its own, with one thread."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "lit_distill", *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
 
 
 class KillAt(Callback):
