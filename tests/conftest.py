@@ -16,6 +16,11 @@ from lit_distill.main import main
 torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, or one worker would be left with them in the end."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(autouse=True)
 def no_process_group_stays() -> Iterator[None]:
     """A DDP strategy leaves its process group, and its port in the environment of later tests."""
