@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -41,7 +42,17 @@ def start(tmp_path_factory):
     return module.network
 
 
-def watched(start, folder, updates=UPDATES, **options):
+class StopAt(Callback):
+    """Ends a run at a finding, as the rest of it would say no more."""
+
+    def __init__(self, doctor, sign):
+        self.doctor, self.sign = doctor, sign
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = any(finding.sign == self.sign for finding in self.doctor.findings)
+
+
+def watched(start, folder, updates=UPDATES, until=None, **options):
     """Findings of a run."""
     torch.manual_seed(0)
     settings = {
@@ -55,7 +66,8 @@ def watched(start, folder, updates=UPDATES, **options):
     }
     module = DMD2(truth(), **{**settings, **options})
     doctor = RunDoctor()
-    run = trainer(folder, doctor, max_steps=updates, limit_val_batches=0)
+    stop = StopAt(doctor, until)
+    run = trainer(folder, doctor, stop, max_steps=updates, limit_val_batches=0)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         run.fit(module, Points(256, image=truth().draw(20_000)))
@@ -70,14 +82,14 @@ def test_a_healthy_run_is_left_alone(seed, start, tmp_path):
 
 
 def test_a_frozen_fake_score(start, tmp_path):
-    findings = watched(start, tmp_path, fake_optimizer=adam(0.0))
+    findings = watched(start, tmp_path, until="fake_change", fake_optimizer=adam(0.0))
     assert findings[0].sign == "fake_change"
     assert "does not change at all" in findings[0].advice and "fake_optimizer" in findings[0].advice
     assert findings[0].step <= UPDATES
 
 
 def test_a_learning_rate_20_times_too_high(start, tmp_path):
-    findings = watched(start, tmp_path, optimizer=adam(20 * RATE))
+    findings = watched(start, tmp_path, until="unrest", optimizer=adam(20 * RATE))
     signs = {finding.sign: finding for finding in findings}
     assert "unrest" in signs and "learning rate is too high" in signs["unrest"].advice
 
@@ -87,6 +99,7 @@ def test_a_discriminator_too_strong(start, tmp_path):
     findings = watched(
         start,
         tmp_path,
+        until="win_rate",
         discriminator_weight=100.0,
         optimizer=adam(1e-5),
         fake_optimizer=adam(5e-3),
