@@ -5,6 +5,7 @@ import html
 import math
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -461,9 +462,9 @@ def _device() -> str:
 
 
 def _wrapped(label: str, width: int = 24) -> str:
-    """A caption in lines that fit beside the pictures."""
+    """A caption in lines that fit beside the pictures, with names of classes in words."""
     lines = [""]
-    for word in label.replace("Distillation", " Distillation").split():
+    for word in re.sub(r"(?<=[a-z])(?=[A-Z][a-z]{3})", " ", label).split():
         if lines[-1] and len(lines[-1]) + len(word) >= width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
