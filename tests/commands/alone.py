@@ -38,6 +38,9 @@ def run_alone(command: list[str], processes: int = 1) -> _Result:
 
     Returns:
         The first exit status that is not 0, and what all of them said.
+
+    Raises:
+        TimeoutError: One did not end. It is no status, as a kill that a test plans has one too.
     """
     return _run(main, command, processes)
 
@@ -65,10 +68,13 @@ def _run(run: Callable[[list[str]], int], arguments: list[str], processes: int) 
         deadline = time.monotonic() + _TIMEOUT
         for process in started:
             process.join(max(0.0, deadline - time.monotonic()))
+        late = any(process.is_alive() for process in started)
         for process in started:
             process.kill()
             process.join()
         texts = [path.read_text() if path.exists() else "" for path in said]
+    if late:
+        raise TimeoutError(f"{arguments} did not end in {_TIMEOUT} s: {texts}")
     status = next((p.exitcode for p in started if p.exitcode), 0)
     return CompletedProcess(arguments, status, "".join(texts[::2]), "".join(texts[1::2]))
 

@@ -131,8 +131,8 @@ def test_the_derivative_of_a_formula():
 @pytest.mark.parametrize(
     ("source", "updates", "bar"),
     [
-        ("teacher", 600, 0.15),
-        ("data", 600, 0.25),
+        ("teacher", 1_500, 0.1),
+        ("data", 1_500, 0.12),
         pytest.param("teacher", 4_000, 0.03, marks=pytest.mark.full),
         pytest.param("data", 4_000, 0.08, marks=pytest.mark.full),
     ],

@@ -170,10 +170,7 @@ def distilled(case: Case, student, updates: int, folder, teacher=None) -> Distil
     return module
 
 
-# Those of fewer boundaries train by the same lines as the one of four.
-@pytest.mark.parametrize(
-    "name", [n for n in CASES if n not in ("multi_boundary_1", "multi_boundary_2")]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_a_short_run_comes_near_the_exact_map(name, start, tmp_path):
     case = CASES[name]
     module = distilled(case, start(800), SHORT, tmp_path)

@@ -76,9 +76,7 @@ def test_the_gan_moves_the_student_as_distribution_matching_does_not(tmp_path):
     assert not equal(*students)
 
 
-@pytest.mark.parametrize(
-    "features", ["fake_score", pytest.param("teacher", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("features", ["fake_score", "teacher"])
 def test_the_discriminator_learns_to_tell_digits_from_noise(features, tmp_path):
     torch.manual_seed(0)
     made = module(

@@ -3,12 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_networks import stock_unet, tiny_network
 
 from lit_distill.diffusion import EDMDenoiser
 from lit_distill.models import UNet
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def parameters(network):
@@ -41,17 +44,10 @@ def test_the_cifar10_network_has_the_published_number_of_parameters():
 
 
 def test_the_digits_network_is_of_the_promised_size():
-    # configs/digits/teacher.yaml
+    config = yaml.safe_load((CONFIGS / "digits" / "teacher.yaml").read_text())
+    denoiser = config["model"]["init_args"]["denoiser"]
     with torch.device("meta"):
-        network = UNet(
-            8,
-            1,
-            10,
-            [16, 32],
-            layers_per_block=1,
-            norm_num_groups=8,
-            options={"add_attention": False},
-        )
+        network = UNet(**denoiser["init_args"]["network"]["init_args"])
     assert 150_000 <= parameters(network) <= 700_000
 
 
