@@ -121,7 +121,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The hub's cache with a small ``google/ddpm-cifar10-32``."""
     root = tmp_path_factory.mktemp("hub")
     cached = root / "models--google--ddpm-cifar10-32"
-    network = UNet(32, 3, None, [8, 8], layers_per_block=1, norm_num_groups=4)
+    network = UNet(32, 3, None, [8], layers_per_block=1, norm_num_groups=4)
     DDPMPipeline(network.unet, DDPMScheduler()).save_pretrained(cached / "snapshots" / "0")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0")
@@ -216,7 +216,7 @@ def small_network(option: str) -> tuple[str, ...]:
     """The network that an option holds, made smaller."""
     name = NETWORK.format(option)
     return (
-        *(f"{name}.block_out_channels", "[8,8]", f"{name}.layers_per_block", "1"),
+        *(f"{name}.block_out_channels", "[8]", f"{name}.layers_per_block", "1"),
         *(f"{name}.norm_num_groups", "4", f"{name}.attention_levels", "[]"),
     )
 
@@ -231,8 +231,9 @@ def needed(file: str) -> list[str]:
 def write_teacher(name: str) -> None:
     dataset = name.split("/")[0]
     channels, size = SHAPES[dataset]
-    widths = [8] if dataset == "plane" else [8, 8]
     classes = None if dataset in ("celeba", "plane") else 10
+    # Two levels, whose features adversarial methods take by their layers' names; a point has one.
+    widths = [8] if dataset == "plane" else [8, 8]
     network = UNet(size, channels, classes, widths, layers_per_block=1, norm_num_groups=4)
     denoiser: NetworkDenoiser = EDMDenoiser(network)
     if name == "mnist/teacher_original":
@@ -246,7 +247,7 @@ def write_teacher(name: str) -> None:
 def test_data_config_swaps_the_data_of_a_method(file: Path, images: Path, command: Command) -> None:
     shapes = {"celeba": (3, 64, None), "folder": (3, 32, 10)}
     channels, size, classes = shapes.get(file.stem) or (*SHAPES[file.stem], 10)
-    network = UNet(size, channels, classes, [8, 8], layers_per_block=1, norm_num_groups=4)
+    network = UNet(size, channels, classes, [8], layers_per_block=1, norm_num_groups=4)
     save_denoiser(EDMDenoiser(network), "teacher")
     configs = ("--config", CONFIGS / "digits" / "cd.yaml", "--config", file)
     more = ("--data.init_args.root", images / "own.zip") if file.stem == "folder" else ()

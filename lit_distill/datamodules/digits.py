@@ -1,5 +1,6 @@
 """The 1,797 handwritten digits that scikit-learn carries: real data without a download."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,17 @@ class DigitsDataModule(ImageDataModule):
 
     def load(self, split: Split) -> Images:
         """Read one block of the digits."""
-        from sklearn.datasets import load_digits  # slow to import, and only needed here
-
-        digits = load_digits()
-        pixels = np.round(digits.images[_BLOCKS[split]] * (255 / 16)).astype(np.uint8)
-        labels = torch.from_numpy(digits.target[_BLOCKS[split]]).long()
+        images, digits = _all()
+        pixels = np.round(images[_BLOCKS[split]] * (255 / 16)).astype(np.uint8)
+        labels = torch.from_numpy(digits[_BLOCKS[split]].astype(np.int64))
         squares = np.kron(pixels, np.ones((1, self.scale, self.scale), np.uint8))
         return torch.from_numpy(squares).unsqueeze(1), labels
+
+
+@cache
+def _all() -> tuple[np.ndarray, np.ndarray]:
+    """Images and digits of scikit-learn's table, a text file that takes its time."""
+    from sklearn.datasets import load_digits  # slow to import, and only needed here
+
+    table = load_digits()
+    return table.images, table.target

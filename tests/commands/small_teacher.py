@@ -20,7 +20,7 @@ model:
             image_size: 8
             channels: 1
             num_classes: 10
-            block_out_channels: [8, 8]
+            block_out_channels: [8]
             norm_num_groups: 4
             layers_per_block: 1
     optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.001}}
@@ -52,7 +52,7 @@ def write_config(folder: Path) -> Path:
 def export(folder: Path, *, classes: int | None = 10, few_steps: FewSteps | None = None) -> Path:
     """Write an untrained model as a folder; with ``few_steps`` it is a student."""
     torch.manual_seed(0)
-    network = UNet(8, 1, classes, block_out_channels=[8, 8], norm_num_groups=4, layers_per_block=1)
+    network = UNet(8, 1, classes, block_out_channels=[8], norm_num_groups=4, layers_per_block=1)
     denoiser: Denoiser = EDMDenoiser(network)
     denoiser.few_steps = few_steps
     save_denoiser(denoiser, folder)

@@ -86,13 +86,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
 
 
 @every_method
-def test_a_loss_that_is_not_finite_stops_a_run_without_checkpoints(method, tmp_path):
+def test_a_loss_that_is_not_finite_stops_a_run_without_checkpoints(method, tmp_path, monkeypatch):
     """In the end at the latest: what is exported then is not made of it."""
+    monkeypatch.setattr(base, "_CHECK_EVERY", 10)
     make = METHODS[method].make
     with pytest.raises(FloatingPointError, match="loss is not finite"):
         trainer(tmp_path, max_steps=3).fit(broken(make(), from_step=2), Digits())
     with pytest.raises(FloatingPointError, match="loss is not finite"):
-        trainer(tmp_path, max_steps=200).fit(broken(make(), from_step=0), Digits())
+        trainer(tmp_path, max_steps=50).fit(broken(make(), from_step=0), Digits())
 
 
 def broken(module, from_step):

@@ -44,7 +44,7 @@ NETWORK = {
     "image_size": 8,
     "channels": 1,
     "num_classes": 10,
-    "block_out_channels": [8, 8],
+    "block_out_channels": [8],
     "layers_per_block": 1,
     "norm_num_groups": 4,
 }
