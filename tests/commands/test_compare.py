@@ -44,6 +44,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return made
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latencies take a second a row, and tests/metrics/test_cost.py is about them."""
+    monkeypatch.setattr("lit_distill.metrics.cost._median_seconds", lambda run, device: 1e-3)
+
+
 def compare(command: Command, path: Path, *more: object) -> Ended:
     return command("compare", path, *more)
 

@@ -41,7 +41,7 @@ from lit_distill.methods import (
     TrajectoryDistillation,
 )
 
-LONG, SHORT, BATCH = 8_000, 500, 1_024
+LONG, SHORT, BATCH = 8_000, 400, 1_024
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_the_discriminator_learns_to_tell_digits_from_noise(features, tmp_path):
         optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
         fake_optimizer=lambda p: torch.optim.Adam(p, lr=3e-3),
     )
-    run = trainer(tmp_path, max_steps=60)
+    run = trainer(tmp_path, max_steps=40)
     run.fit(made, Digits(batch_size=64))
     assert run.callback_metrics["discriminator/win_rate"] > 0.65  # a coin: 0.50 +- 0.04
 
