@@ -49,9 +49,20 @@ def test_imports_go_one_way(package: str) -> None:
     wrong = [
         f"{file.relative_to(PACKAGE)} imports {other}"
         for file, other, _ in reached(package)
-        if other not in ALLOWED[package] | {package}
+        if other not in ALLOWED[package] | {package} and not other.startswith("_")
     ]
     assert not wrong
+
+
+def test_private_modules_stand_below_all_packages() -> None:
+    files = sorted(PACKAGE.glob("_[a-z]*.py"))
+    assert files
+    assert not [f"{file.name}: {module}" for file in files for module, _ in ours(file)]
+
+
+def ours(file: Path) -> Iterator[tuple[str, str]]:
+    """Its imports from lit_distill."""
+    return (found for found in imports(file) if found[0].split(".")[0] == "lit_distill")
 
 
 @pytest.mark.parametrize("package", NO_CONCRETE_METHOD)
