@@ -9,7 +9,7 @@ _DRAWS = (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
 
 
 class Uninitialised(TorchDispatchMode):
-    """``with Uninitialised():`` random weights are left as the memory was.
+    """``with Uninitialised():`` weights that would be drawn are zeros.
 
     Drawing them takes a second for the backbone of LPIPS, and moves the random state.
     """
@@ -18,4 +18,4 @@ class Uninitialised(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation, unless it fills a tensor with random numbers."""
-        return args[0] if func in _DRAWS else func(*args, **(kwargs or {}))
+        return args[0].zero_() if func in _DRAWS else func(*args, **(kwargs or {}))

@@ -16,6 +16,8 @@ ALLOWED = {
     "models": {"diffusion"},
     "methods": {"diffusion", "losses", "models"},
 }
+# Single files, below all packages: they import nothing of lit_distill.
+PRIVATE = {path.stem for path in PACKAGE.glob("_[a-z]*.py")}
 # These serve every method, so that they know none.
 NO_CONCRETE_METHOD = ("datamodules", "metrics", "callbacks")
 BASES = {"DistillationModule", "AlternatingDistillationModule"}
@@ -49,20 +51,15 @@ def test_imports_go_one_way(package: str) -> None:
     wrong = [
         f"{file.relative_to(PACKAGE)} imports {other}"
         for file, other, _ in reached(package)
-        if other not in ALLOWED[package] | {package} and not other.startswith("_")
+        if other not in ALLOWED[package] | {package} | PRIVATE
     ]
     assert not wrong
 
 
 def test_private_modules_stand_below_all_packages() -> None:
-    files = sorted(PACKAGE.glob("_[a-z]*.py"))
-    assert files
-    assert not [f"{file.name}: {module}" for file in files for module, _ in ours(file)]
-
-
-def ours(file: Path) -> Iterator[tuple[str, str]]:
-    """Its imports from lit_distill."""
-    return (found for found in imports(file) if found[0].split(".")[0] == "lit_distill")
+    assert PRIVATE
+    found = {name: [module for module, _ in imports(PACKAGE / f"{name}.py")] for name in PRIVATE}
+    assert not any(module.split(".")[0] == "lit_distill" for of in found.values() for module in of)
 
 
 @pytest.mark.parametrize("package", NO_CONCRETE_METHOD)

@@ -76,7 +76,7 @@ class DistillationCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str]) -> None:
-        self._asked = args[0]
+        self._asked = args[0] if args else ""
         # Interpolations across files and overrides need both this and "omegaconf+".
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
@@ -97,8 +97,9 @@ class DistillationCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # there it is static
-        """The one that is asked for: a parser of each takes longer to build than to parse."""
-        return {self._asked: super().subcommands()[self._asked]}
+        """The one that is asked for, as it takes its time to build the parser of each; else all."""
+        known = super().subcommands()
+        return {self._asked: known[self._asked]} if self._asked in known else known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--overwrite`` (to every command, as they share configuration files)."""

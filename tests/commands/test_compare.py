@@ -1,6 +1,7 @@
 """``lit-distill compare`` from its file to its report, on methods that train in a second."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -46,8 +47,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 @pytest.fixture(autouse=True)
 def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latencies take a second a row, and tests/metrics/test_cost.py is about them."""
-    monkeypatch.setattr("lit_distill.metrics.cost._median_seconds", lambda run, device: 1e-3)
+    """Timing takes a second a row, and tests/metrics/test_cost.py is about it: no two are alike."""
+    numbers = itertools.count(1)
+    monkeypatch.setattr(
+        "lit_distill.metrics.cost._median_seconds", lambda run, device: next(numbers) / 1e3
+    )
 
 
 def compare(command: Command, path: Path, *more: object) -> Ended:

@@ -114,10 +114,15 @@ def test_lpips_is_the_packages(backbones, net):
     assert torch.allclose(ours(y, x), expected, rtol=0, atol=1e-5)
 
 
-def test_lpips_reads_the_given_weights(backbones, squeeze):
-    state = torch.load(backbones["squeeze"], weights_only=True)
-    first = squeeze.model.net.slice1.state_dict()["0.weight"]
-    assert torch.equal(first, state["features.0.weight"])
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+@pytest.mark.parametrize("net", ARCHITECTURES)
+def test_lpips_reads_all_given_weights_and_draws_none(backbones, net):
+    state, before = torch.load(backbones[net], weights_only=True), torch.get_rng_state()
+    model = LPIPS(net, weights=backbones[net]).model
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, weight in model.net.state_dict().items():
+        assert torch.equal(weight, state["features." + name.split(".", 1)[1]]), name
+    assert all(head.any() for head in model.lins.parameters())
 
 
 def test_lpips_resizes_bilinearly_and_takes_grey_images(backbones, squeeze):

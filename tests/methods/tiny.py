@@ -51,7 +51,7 @@ NETWORK = {
 
 
 def denoiser(seed: int = 0, **network: Any) -> EDMDenoiser:
-    """A network of 20 thousand weights, the same for the same seed."""
+    """A network of one level and some 10 thousand weights, the same for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return EDMDenoiser(UNet(**{**NETWORK, **network}), sigma_data=0.75)
@@ -63,8 +63,8 @@ def flow(seed: int = 0, **network: Any) -> FlowDenoiser:
 
 
 def epsilon(seed: int = 0, **network: Any) -> EpsilonDenoiser:
-    """The same network, taken for a DDPM's."""
-    return EpsilonDenoiser(denoiser(seed, **network).network)
+    """A network of two levels, with what halves and doubles images, taken for a DDPM's."""
+    return EpsilonDenoiser(denoiser(seed, **{"block_out_channels": [8, 8], **network}).network)
 
 
 class Digits(DigitsDataModule):

@@ -193,6 +193,9 @@ def test_inception(inception_file: Path) -> None:
     before = torch.get_rng_state()
     extractor = InceptionExtractor(inception_file)
     assert torch.equal(torch.get_rng_state(), before)
+    read = extractor.network.state_dict()
+    for name, weight in torch.load(inception_file, weights_only=True).items():
+        assert torch.equal(read[name], weight), name
     assert extractor.name == "inception" and not extractor.classifies
     colour = random_images(extractor, 1)
     features, logits = extractor.features_and_logits(colour)
