@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lit_distill._uninitialised import Uninitialised
+from lit_distill._undrawn import Undrawn
 from lit_distill.diffusion import Codec
 
 
@@ -210,7 +210,7 @@ def _lpips(net: str, pnet_rand: bool) -> Any:
     """The package's model, without its warnings of torchvision's old argument names."""
     import lpips
 
-    with warnings.catch_warnings(), Uninitialised():
+    with warnings.catch_warnings(), Undrawn():
         warnings.simplefilter("ignore", UserWarning)
         return lpips.LPIPS(net=net, pnet_rand=pnet_rand, verbose=False)
 

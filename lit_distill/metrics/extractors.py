@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 from torch.nn import functional
 
-from lit_distill._uninitialised import Uninitialised
+from lit_distill._undrawn import Undrawn
 from lit_distill.datamodules import to_signed
 
 WEIGHTS_FOLDER = Path(__file__).with_name("weights")
@@ -265,7 +265,7 @@ class InceptionExtractor(Extractor):
         try:
             torch.save(_read_weights(URL_INCEPTION_V3, weights), memory)
             memory.seek(0)
-            with Uninitialised():
+            with Undrawn():
                 self.network = FeatureExtractorInceptionV3(
                     self.name, ["2048", "logits"], feature_extractor_weights_path=memory
                 )

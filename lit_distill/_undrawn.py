@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _DRAWS = (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
 
 
-class Uninitialised(TorchDispatchMode):
-    """``with Uninitialised():`` weights that would be drawn are zeros.
+class Undrawn(TorchDispatchMode):
+    """``with Undrawn():`` weights that would be drawn are zeros.
 
     Drawing them takes a second for the backbone of LPIPS, and moves the random state.
     """
