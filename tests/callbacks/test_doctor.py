@@ -76,9 +76,9 @@ def watched(start, folder, updates=UPDATES, until=None, **options):
     return doctor.findings
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full)])
-def test_a_healthy_run_is_left_alone(seed, start, tmp_path):
-    assert watched(start, tmp_path, updates=500) == []
+@pytest.mark.parametrize("updates", [UPDATES, pytest.param(1_000, marks=pytest.mark.full)])
+def test_a_healthy_run_is_left_alone(updates, start, tmp_path):
+    assert watched(start, tmp_path, updates=updates) == []
 
 
 def test_a_frozen_fake_score(start, tmp_path):

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import METHODS, Digits, Disturb, dmd_module, trainer, write_config
+from tiny import Digits, Disturb, dmd_module, every_method, trainer, write_config
 
 from lit_distill.diffusion import seeded_noise
 from lit_distill.main import main
 from lit_distill.methods import base
 from lit_distill.models import load_denoiser, merged
 
-every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def samples(module):
@@ -20,32 +19,32 @@ def samples(module):
 
 
 @every_method
-def test_round_trip_of_a_command_line_run(method, tmp_path, world):
+def test_round_trip_of_a_command_line_run(row, tmp_path, world):
     export = {"class_path": "lit_distill.callbacks.ExportPipeline"}
     options = {"max_steps": 3, "callbacks": [export]}
-    config = write_config(tmp_path / "run.yaml", tmp_path / "run", method, world, **options)
+    config = write_config(tmp_path / "run.yaml", tmp_path / "run", row, world, **options)
     assert main(["fit", "--config", str(config)]) == 0
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    kind = type(METHODS[method].make())
+    kind = type(row.make())
     module = kind.load_from_checkpoint(path, weights_only=True)
-    assert module.ema_decay == 0.999 and int(module.ema.n_averaged) == METHODS[method].after(3)[-1]
+    assert module.ema_decay == 0.999 and int(module.ema.n_averaged) == row.after(3)[-1]
     exported = load_denoiser(tmp_path / "run" / "pipeline")
     assert exported.fingerprint() == merged(module.network).fingerprint()
-    assert exported.fingerprint() != load_denoiser(world / METHODS[method].teacher).fingerprint()
+    assert exported.fingerprint() != load_denoiser(world / row.teacher).fingerprint()
     again = kind.load_from_checkpoint(path, weights_only=True)
     assert torch.equal(samples(module), samples(again))
     if module.teacher is not None:
-        expected = load_denoiser(world / METHODS[method].teacher).fingerprint()
+        expected = load_denoiser(world / row.teacher).fingerprint()
         assert (module.teacher.original or module.teacher.fingerprint()) == expected
 
 
 @every_method
-def test_round_trip_of_objects_without_the_frozen_weights(method, tmp_path):
-    module = METHODS[method].make()
+def test_round_trip_of_objects_without_the_frozen_weights(row, tmp_path):
+    module = row.make()
     run = trainer(tmp_path, max_steps=3)
     run.fit(module, Digits())
     run.save_checkpoint(tmp_path / "a.ckpt")
-    other = METHODS[method].make()
+    other = row.make()
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     other.load_state_dict(checkpoint["state_dict"])
     assert torch.equal(samples(module), samples(other))
@@ -57,46 +56,46 @@ def test_round_trip_of_objects_without_the_frozen_weights(method, tmp_path):
     lost = next(name for name in checkpoint["state_dict"] if name.startswith("student."))
     del checkpoint["state_dict"][lost]
     with pytest.raises(RuntimeError, match=rf"Missing key.*{lost}"):
-        METHODS[method].make().load_state_dict(checkpoint["state_dict"])
+        row.make().load_state_dict(checkpoint["state_dict"])
 
 
 @pytest.fixture
-def save_every_6(tmp_path, monkeypatch):
+def save_every_4(tmp_path, monkeypatch):
     """A trainer whose module looks at its losses when it is saved, and not before."""
     monkeypatch.setattr(base, "_CHECK_EVERY", 1_000)
-    saver = ModelCheckpoint(tmp_path, "last", every_n_train_steps=6)
+    saver = ModelCheckpoint(tmp_path, "last", every_n_train_steps=4)
     return trainer(tmp_path, saver, max_steps=40, enable_checkpointing=True)
 
 
-def second_save(method):
+def second_save(row):
     """Student updates at the second checkpoint of those."""
-    return next(step for step in METHODS[method].after(40) if step > 6 and step % 6 == 0)
+    return next(step for step in row.after(40) if step > 4 and step % 4 == 0)
 
 
 @every_method
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
-    method, tmp_path, save_every_6
+    row, tmp_path, save_every_4
 ):
-    words = rf"loss is not finite near step {second_save(method)}\b.*ckpt_path last"
+    words = rf"loss is not finite near step {second_save(row)}\b.*ckpt_path last"
     with pytest.raises(FloatingPointError, match=words):
-        save_every_6.fit(broken(METHODS[method].make(), from_step=7), Digits())
+        save_every_4.fit(broken(row.make(), from_step=5), Digits())
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert kept["global_step"] == 6
+    assert kept["global_step"] == 4
     assert all(value.isfinite().all() for value in kept["state_dict"].values())
 
 
 @every_method
-def test_a_loss_that_is_not_finite_stops_a_run_without_checkpoints(method, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_a_run_without_checkpoints(row, tmp_path, monkeypatch):
     """In the end at the latest: what is exported then is not made of it."""
-    make = METHODS[method].make
+    make = row.make
     monkeypatch.setattr(base, "_CHECK_EVERY", 1_000)
     with pytest.raises(FloatingPointError, match="loss is not finite"):
         trainer(tmp_path, max_steps=3).fit(broken(make(), from_step=2), Digits())
-    monkeypatch.setattr(base, "_CHECK_EVERY", 10)
+    monkeypatch.setattr(base, "_CHECK_EVERY", 5)
     long = trainer(tmp_path, max_steps=50)
     with pytest.raises(FloatingPointError, match="loss is not finite"):
         long.fit(broken(make(), from_step=0), Digits())
-    assert long.global_step < 20
+    assert long.global_step < 10
 
 
 def broken(module, from_step):
@@ -108,16 +107,16 @@ def broken(module, from_step):
 
 
 @every_method
-def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(method, tmp_path, save_every_6):
-    module = METHODS[method].make()
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(row, tmp_path, save_every_4):
+    module = row.make()
     parameter = next(module.student.parameters())
     parameter.register_hook(
-        lambda gradient: gradient * float("nan" if module.global_step == 8 else 1)
+        lambda gradient: gradient * float("nan" if module.global_step == 6 else 1)
     )
-    words = rf"(weights are|loss is) not finite near step {second_save(method)}\b"
+    words = rf"(weights are|loss is) not finite near step {second_save(row)}\b"
     with pytest.raises(FloatingPointError, match=words):
-        save_every_6.fit(module, Digits())
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+        save_every_4.fit(module, Digits())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
 @pytest.mark.parametrize(("guidance", "calls"), [(1.0, 1), (2.0, 2)])

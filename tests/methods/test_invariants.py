@@ -8,11 +8,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from tiny import METHODS, Digits, Disturb, trainer
+from tiny import Digits, Disturb, every_method, trainer
 
 from lit_distill.methods import AlternatingDistillationModule
 
-every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS.keys())
 
 
 def weights(module):

@@ -11,7 +11,7 @@ import signal
 import pytest
 import torch
 from alone import run_alone
-from tiny import write_config
+from tiny import METHODS, write_config
 
 from lit_distill.main import main
 
@@ -45,7 +45,7 @@ def equal(a, b):
 def fit(tmp_path, name, method, world, *arguments, callbacks=(SAVER,)):
     root = tmp_path / name
     options = {"max_steps": PATTERNS[method][-1], "callbacks": list(callbacks), **VALIDATION}
-    config = write_config(tmp_path / f"{name}.yaml", root, method, world, **options)
+    config = write_config(tmp_path / f"{name}.yaml", root, METHODS[method], world, **options)
     return root, ["fit", "--config", str(config), *arguments]
 
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import METHODS, Digits, denoiser, dmd_module, teacher_module, trainer
+from tiny import Digits, denoiser, dmd_module, every_method, teacher_module, trainer
 from torch import nn
 
 from lit_distill.diffusion import (
@@ -19,7 +19,6 @@ from lit_distill.diffusion import (
 )
 from lit_distill.methods import DMD, DiffusionTeacher
 
-every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS.keys())
 
 
 @every_method

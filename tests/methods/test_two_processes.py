@@ -62,8 +62,9 @@ def run_in_a_shell(command):
 def test_both_end_with_equal_weights(method, tmp_path, world):
     root, expected = tmp_path / "run", RUNS[method]
     options = {"max_steps": expected.limit, "callbacks": [SAVE], "devices": 2}
-    options["strategy"] = METHODS[method].strategy
-    config = write_config(tmp_path / "run.yaml", root, method, world, **options)
+    row = METHODS[method]
+    options["strategy"] = row.strategy
+    config = write_config(tmp_path / "run.yaml", root, row, world, **options)
     command = ["fit", "--config", str(config), *expected.arguments]
     # One as a shell starts it, where Lightning starts the second process; it takes its time.
     result = run_in_a_shell(command) if method == "dmd" else run_alone(command, processes=2)
@@ -82,7 +83,7 @@ def test_both_end_with_equal_weights(method, tmp_path, world):
     assert last["global_step"] == expected.steps
     for name, value in last["state_dict"].items():
         assert torch.equal(value, first[name]), name
-    samples = 2 * (8 if METHODS[method].on_pairs else 100)  # a batch of both
+    samples = 2 * (8 if row.on_pairs else 100)  # a batch of both
     assert last["spent"]["teacher_evaluations"] == expected.evaluations * samples
 
 
@@ -125,7 +126,8 @@ def test_pairs_of_two_are_bit_identical_to_those_of_one(tmp_path, world):
         "init_args": {"folder": str(folder)},
     }
     options = {"devices": 2, "strategy": "ddp", "callbacks": [writer]}
-    path = write_config(tmp_path / "run.yaml", tmp_path / "run", "teacher", world, **options)
+    row = METHODS["teacher"]
+    path = write_config(tmp_path / "run.yaml", tmp_path / "run", row, world, **options)
     config = yaml.safe_load(path.read_text())
     config["model"]["init_args"] |= {"denoiser": str(world / "teacher"), "steps": 2}
     config["data"]["init_args"] |= {"predict_samples": 88, "predict_batch_size": 30}

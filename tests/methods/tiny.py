@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -281,6 +282,21 @@ METHODS = {
 }
 """Add one row a method: the tests of invariants, checkpoints and resuming go through them all."""
 
+VARIANTS = (
+    *("dmd_ratio_3", "kd_online", "sfd_v", "cd_ema", "mean_flow_differences"),
+    *("dmd2_2_steps", "adversarial_2_steps"),
+)
+"""Second settings of a method that has a row of its own: left to `make test-full`."""
+
+every_method = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=name, marks=[pytest.mark.full] if name in VARIANTS else [])
+        for name, row in METHODS.items()
+    ],
+)
+"""Runs a test with the row of each method."""
+
 
 def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     """A quiet trainer on the CPU that writes nothing by itself."""
@@ -299,17 +315,16 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     )
 
 
-def write_config(path: Path, root: Path, method: str, world: Path, **options: Any) -> Path:
+def write_config(path: Path, root: Path, row: Row, world: Path, **options: Any) -> Path:
     """The YAML file of a run in ``root``, with 11 batches an epoch.
 
     Args:
         path: Where to write it.
         root: The run folder.
-        method: A key of :data:`METHODS`.
+        row: One of :data:`METHODS`.
         world: Folder with ``teacher/``, ``epsilon/`` and ``pairs/``.
         options: Of the trainer.
     """
-    row = METHODS[method]
     digits = "lit_distill.datamodules.DigitsDataModule"
     data = {"class_path": digits, "init_args": {"batch_size": 100}}
     if row.on_pairs:
