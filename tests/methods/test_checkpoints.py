@@ -11,7 +11,6 @@ from lit_distill.methods import base
 from lit_distill.models import load_denoiser, merged
 
 
-
 def samples(module):
     source = torch.Generator().manual_seed(0)  # some students add noise between their steps
     noise = seeded_noise((1, 8, 8), range(6))

@@ -3,7 +3,6 @@
 import copy
 import csv
 
-import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,7 +10,6 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny import Digits, Disturb, every_method, trainer
 
 from lit_distill.methods import AlternatingDistillationModule
-
 
 
 def weights(module):

@@ -20,7 +20,6 @@ from lit_distill.diffusion import (
 from lit_distill.methods import DMD, DiffusionTeacher
 
 
-
 @every_method
 def test_bf16_reaches_the_networks_but_neither_states_nor_levels(row, tmp_path):
     module, outside, inside = row.make(), set(), set()
