@@ -19,7 +19,7 @@ IN_PRECISION = --trainer.precision $$(cat $(PRECISION))
 ALL_IN_PRECISION = --overrides "{trainer.precision: $$(cat $(PRECISION))}" \
 	--evaluation.precision $$(cat $(PRECISION))
 
-.PHONY: help demo demo-text compare methods test notebooks test-full lint clean
+.PHONY: help demo demo-text compare methods test test-ci test-full lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,7 +28,7 @@ help:
 	@echo "make compare    all methods at 45 s of training each, one table and page (runs/compare/digits)"
 	@echo "make methods    all methods at full length on the demo's teacher, the same report ($(RUNS))"
 	@echo "make test       the tests of every day"
-	@echo "make notebooks  execute the notebooks with small settings"
+	@echo "make test-ci    what CI runs beside them: notebooks, second settings of each method"
 	@echo "make test-full  all of these, and the long bars"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove caches and build products (neither $(VENV) nor runs)"
@@ -121,8 +121,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --d
 test: $(STAMP)
 	$(PYTEST)
 
-notebooks: $(STAMP)
-	$(PYTEST) -m notebook tests/test_notebooks.py
+test-ci: $(STAMP)
+	$(PYTEST) -m ci
 
 test-full: $(STAMP)
 	$(PYTEST) -m ""

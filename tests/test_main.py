@@ -386,9 +386,9 @@ class TestErrors:
             command("fit", "--config", config, "--data.init_args.batch_size", 0)
 
 
-def start_long_fit(config: Path) -> "subprocess.Popen[str]":
+def start_long_fit(config: Path, *options: str) -> "subprocess.Popen[str]":
     """Start a fit of many steps in a process of its own; returns after its first checkpoint."""
-    arguments = ["fit", "--config", str(config), "--trainer.max_steps", "100000"]
+    arguments = ["fit", "--config", str(config), "--trainer.max_steps", "100000", *options]
     arguments += ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
     arguments += ["--trainer.callbacks.filename", "last"]
     arguments += ["--trainer.callbacks.every_n_train_steps", "3"]
@@ -403,16 +403,21 @@ def start_long_fit(config: Path) -> "subprocess.Popen[str]":
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     last, deadline = config.parent / ROOT / "checkpoints" / "last.ckpt", time.monotonic() + 250
-    while not last.exists():
+    begun = last.stat().st_mtime_ns if last.exists() else None
+    while not last.exists() or last.stat().st_mtime_ns == begun:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return process
 
 
-def test_control_c_stops_a_fit_which_goes_on_later(command: Command, config: Path) -> None:
-    """As a shell starts it; tests/methods/test_resume.py has the kill, and compares the weights."""
+@pytest.mark.timeout(600)  # two starts of a process, on a machine that may be busy
+def test_a_killed_fit_goes_on_and_control_c_stops_it(command: Command, config: Path) -> None:
     process = start_long_fit(config)
+    process.kill()
+    process.communicate()
+    killed_at = steps_of(config.parent / ROOT)
+    process = start_long_fit(config, "--ckpt_path", "last")
     process.send_signal(signal.SIGINT)
     try:
         output = process.communicate(timeout=120)[0]
@@ -421,8 +426,5 @@ def test_control_c_stops_a_fit_which_goes_on_later(command: Command, config: Pat
     assert process.returncode == 130, output
     assert output.rstrip().endswith("lit-distill: stopped")
     assert "Traceback" not in output
-    stopped_at = steps_of(ROOT)
-    options = ("--trainer.max_steps", stopped_at + 2, "--ckpt_path", "last")
-    assert command("fit", "--config", config, *options).status == 0
-    assert steps_of(ROOT) == stopped_at + 2
-    assert [path.name for path in (ROOT / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert steps_of(config.parent / ROOT) > killed_at
+    assert [path.name for path in (config.parent / ROOT / "checkpoints").iterdir()] == ["last.ckpt"]

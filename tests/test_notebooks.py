@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom (`make notebooks`); what they carry along stays small."""
+"""The notebooks run from top to bottom (`make test-ci`); what they carry along stays small."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
 
 
-@pytest.mark.notebook
+@pytest.mark.ci
 @each_notebook
 def test_runs_from_top_to_bottom(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

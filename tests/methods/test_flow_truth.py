@@ -132,7 +132,7 @@ def test_the_derivative_of_a_formula():
     ("source", "derivative", "updates", "bar"),
     [
         ("teacher", "finite_difference", 1_500, 0.1),
-        pytest.param("data", "jvp", 1_500, 0.12, marks=pytest.mark.full),
+        pytest.param("data", "jvp", 1_500, 0.12, marks=pytest.mark.ci),
         pytest.param("teacher", "jvp", 4_000, 0.03, marks=pytest.mark.full),
         pytest.param("data", "jvp", 4_000, 0.08, marks=pytest.mark.full),
     ],

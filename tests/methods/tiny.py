@@ -286,12 +286,12 @@ VARIANTS = (
     *("dmd_ratio_3", "kd_online", "sfd_v", "cd_ema", "mean_flow_differences"),
     *("dmd2_2_steps", "adversarial_2_steps"),
 )
-"""Second settings of a method that has a row of its own: left to `make test-full`."""
+"""Second settings of a method that has a row of its own: left to `make test-ci`."""
 
 every_method = pytest.mark.parametrize(
     "row",
     [
-        pytest.param(row, id=name, marks=[pytest.mark.full] if name in VARIANTS else [])
+        pytest.param(row, id=name, marks=[pytest.mark.ci] if name in VARIANTS else [])
         for name, row in METHODS.items()
     ],
 )
