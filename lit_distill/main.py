@@ -39,7 +39,8 @@ def main(args: list[str] | None = None) -> int:
         args: The command and its options; those of the process where None.
 
     Returns:
-        The exit status: 0, 1 after an error, 2 after a wrong command line, 130 after Ctrl-C.
+        The exit status: 0, 1 after an error, 2 after a wrong command line, 130 after Ctrl-C,
+        143 after a SIGTERM.
     """
     args = sys.argv[1:] if args is None else args
     try:

@@ -386,6 +386,21 @@ class TestErrors:
             command("fit", "--config", config, "--data.init_args.batch_size", 0)
 
 
+def test_a_fit_that_is_asked_to_end_has_not_succeeded(
+    command: Command, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = DiffusionTeacher.training_step
+
+    def asked(module: DiffusionTeacher, *args: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(module, *args)
+
+    monkeypatch.setattr(DiffusionTeacher, "training_step", asked)
+    ended = command("fit", "--config", config)
+    assert ended.status == 143
+    assert ended.err.rstrip().endswith("lit-distill: stopped by SIGTERM")
+
+
 def start_long_fit(config: Path, *options: str) -> "subprocess.Popen[str]":
     """Start a fit of many steps in a process of its own; returns after its first checkpoint."""
     arguments = ["fit", "--config", str(config), "--trainer.max_steps", "100000", *options]

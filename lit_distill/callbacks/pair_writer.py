@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -69,6 +70,7 @@ class PairWriter(Callback):
         Raises:
             ValueError: If an image has a NaN or infinite value.
             OSError: If the disk is full; the shards that are there are kept.
+            SIGTERMException: If the process was asked to end.
         """
         manifest = self._open(trainer, pl_module)
         index = outputs["index"].cpu()
@@ -88,6 +90,8 @@ class PairWriter(Callback):
             tensors["trajectory"] = outputs["trajectory"].float()
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(self.folder / shard_name(number), safetensors.torch.save(on_cpu))
+        if trainer.received_sigterm:  # at which Lightning's loop of predictions would go on
+            raise SIGTERMException
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Complete the manifest once all processes have written; a run with an error ends before.

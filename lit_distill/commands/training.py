@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import lit_distill.datamodules  # noqa: F401  (so that data modules are known by their short names)
@@ -188,7 +190,7 @@ def run_training(args: list[str]) -> int:
         args: The command and its options.
 
     Returns:
-        The exit status, 0.
+        The exit status: 0, or 143 after a SIGTERM, to which Lightning alone would say 0.
 
     Raises:
         ValueError: Lightning cannot run what is configured, or a checkpoint does not fit it.
@@ -196,6 +198,9 @@ def run_training(args: list[str]) -> int:
     _hush()
     try:
         DistillationCLI(args)
+    except SIGTERMException:
+        print("lit-distill: stopped by SIGTERM", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except RuntimeError as error:

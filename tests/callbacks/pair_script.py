@@ -18,14 +18,14 @@ from lit_distill.datamodules.pairs_folder import shard_name
 
 
 class Sampler(LightningModule):
-    """Maps noise to images by a fixed network, and can kill itself at an item."""
+    """Maps noise to images by a fixed network, and can send itself a signal at an item."""
 
-    def __init__(self, kill_at: int | None = None, **record: Any) -> None:
+    def __init__(self, kill_at: int | None = None, by: int = signal.SIGKILL, **record: Any) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.network = torch.nn.Conv2d(1, 1, 3, padding=1)
-        self.kill_at = kill_at
+        self.kill_at, self.by = kill_at, by
         self.record = record
         self.items: list[int] = []
 
@@ -37,7 +37,7 @@ class Sampler(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         item = int(batch["index"][0]) // 8
         if item == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.by)
         self.items.append(item)
         shift = batch["label"].view(-1, 1, 1, 1) / 10
         return {**batch, "image": torch.tanh(self.network(batch["noise"]) + shift)}

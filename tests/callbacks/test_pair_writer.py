@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 sys.path.insert(0, str(Path(__file__).parent))
 from alone import run_script
@@ -120,6 +121,16 @@ def test_a_killed_run_goes_on_at_the_first_missing_shard(tmp_path, whole):
     assert sampler.items == [3, 4, 5]
     assert (folder / "shard-00002.safetensors").stat().st_mtime_ns == kept
     assert content(folder) == content(whole)  # the leftover is gone, the rest is the same
+
+
+def test_a_run_that_is_asked_to_end_ends_after_the_shard_in_hand(tmp_path, whole):
+    folder = tmp_path / "pairs"
+    with pytest.raises(SIGTERMException):
+        predict(folder, Sampler(kill_at=2, by=signal.SIGTERM), data())
+    assert shards_in(folder) == {0, 1, 2}
+    assert not read_manifest(folder).complete
+    predict(folder, Sampler(), data())
+    assert content(folder) == content(whole)
 
 
 def test_two_processes_write_the_same_bytes_even_if_one_is_left_without_a_shard(tmp_path, whole):
