@@ -36,8 +36,6 @@ Derivative = Literal["jvp", "finite_difference"]
 MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(x, t, end) -> u``: the mean velocity from ``t`` down to ``end``."""
 
-_SHIFT = 5e-3  # of the time, in finite differences
-
 
 class MeanFlow(DistillationModule):
     """Flow whose network knows the *mean* velocity between two times, so that one step is enough.
@@ -66,7 +64,10 @@ class MeanFlow(DistillationModule):
         sigma_distribution: Both times, as levels ``t / (1 - t)``; logit-normal (-0.4, 1) by
             default.
         derivative: ``jvp`` by forward-mode differentiation, or ``finite_difference`` (two more
-            evaluations) for networks that have no forward mode; in float32, both.
+            evaluations): for networks that have no forward mode, and for those whose derivative is
+            mostly unrest in their time's embedding, as with a ``time_scale`` of 1000 after a short
+            training; in float32, both.
+        shift: Half of the difference's step, in time.
         power: Exponent of the adaptive weight; 0 = none.
         steps: Numbers of steps to sample with; the first is the default.
         base: Arguments of :class:`DistillationModule`.
@@ -83,6 +84,7 @@ class MeanFlow(DistillationModule):
         equal_share: float = 0.5,
         sigma_distribution: SigmaDistribution | None = None,
         derivative: Derivative = "jvp",
+        shift: float = 5e-3,
         power: float = 0.75,
         steps: Sequence[int] = (1, 2, 4),
         **base: Any,
@@ -91,6 +93,8 @@ class MeanFlow(DistillationModule):
             raise ValueError(
                 f"derivative={derivative!r} is unknown; choose jvp or finite_difference."
             )
+        if not 0 < shift <= 0.5:
+            raise ValueError(f"shift={shift} must be above 0 and at most 0.5: times are in [0, 1].")
         if not 0 <= equal_share < 1:
             raise ValueError(f"equal_share={equal_share} is no share below 1 of a batch.")
         if not steps:
@@ -107,7 +111,8 @@ class MeanFlow(DistillationModule):
         super().__init__(flow, frozen, steps=steps[0], **base)
         self.save_hyperparameters(logger=False)
         self.guided = None if frozen is None else GuidedDenoiser(frozen, guidance)
-        self.equal_share, self.derivative, self.power = equal_share, derivative, power
+        self.equal_share, self.power = equal_share, power
+        self.derivative, self.shift = derivative, shift
         self.sigma_distribution = sigma_distribution or LogNormalSigma(-0.4, 1.0)
         self.train()
 
@@ -162,6 +167,7 @@ class MeanFlow(DistillationModule):
                     t[rest],
                     end[rest],
                     self.derivative,
+                    self.shift,
                 )
         finally:
             self.student.train(training)
@@ -173,7 +179,13 @@ class MeanFlow(DistillationModule):
 
 
 def total_derivative(
-    u: MeanVelocity, x: Tensor, v: Tensor, t: Tensor, end: Tensor, derivative: Derivative
+    u: MeanVelocity,
+    x: Tensor,
+    v: Tensor,
+    t: Tensor,
+    end: Tensor,
+    derivative: Derivative,
+    shift: float = 5e-3,
 ) -> Tensor:
     """``du/dt`` along the path: the derivative in the direction ``(v, 1, 0)``.
 
@@ -184,6 +196,7 @@ def total_derivative(
         t: ``(B,)``, times.
         end: ``(B,)``, times that the velocity is averaged down to.
         derivative: How it is computed.
+        shift: Half of a finite difference's step; less at the ends of [0, 1].
 
     Returns:
         ``(B, *shape)``.
@@ -195,10 +208,10 @@ def total_derivative(
             with sdpa_kernel(SDPBackend.MATH):
                 tangents = (v, torch.ones_like(t), torch.zeros_like(end))
                 return torch.func.jvp(u, (x, t, end), tangents)[1]
-        ahead, behind = t + _SHIFT, t - _SHIFT
-        step = like(torch.full_like(t, _SHIFT), x) * v
-        difference = u(x + step, ahead, end) - u(x - step, behind, end)
-        return difference / (2 * _SHIFT)
+        ahead, behind = (t + shift).clamp_max(1), (t - shift).clamp_min(0)
+        after, before = like(ahead - t, x) * v, like(behind - t, x) * v
+        difference = u(x + after, ahead, end) - u(x + before, behind, end)
+        return difference / like(ahead - behind, x)
 
 
 @contextmanager

@@ -128,6 +128,20 @@ def test_the_derivative_of_a_formula():
         torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
 
 
+def test_a_difference_stays_between_the_times_0_and_1():
+    asked = []
+
+    def u(x, t, end):
+        asked.append(t)
+        return x * t[:, None]
+
+    x, v = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    t = torch.tensor([0.0, 0.01, 0.98, 1.0], dtype=torch.float64)
+    found = total_derivative(u, x, v, t, t / 2, "finite_difference", 0.05)
+    assert torch.cat(asked).min() == 0 and torch.cat(asked).max() == 1
+    torch.testing.assert_close(found, v * t[:, None] + x, rtol=0, atol=0.05 * float(v.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("source", "derivative", "updates", "bar"),
     [

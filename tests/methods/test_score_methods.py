@@ -324,6 +324,7 @@ def test_an_average_elsewhere_is_the_same_average(tmp_path):
         (DMD, {"teacher_precision": "float16"}, "choose float32 or bfloat16"),
         (MeanFlow, {"derivative": "x"}, "jvp or finite_difference"),
         (MeanFlow, {"equal_share": 1.0}, "equal_share=1.0"),
+        (MeanFlow, {"shift": 0.0}, "shift=0.0 must be above 0"),
         (MeanFlow, {"steps": []}, "steps is an empty list"),
     ],
 )
