@@ -121,7 +121,8 @@ def test_the_derivative_of_a_formula():
         return x.square() * t[:, None] + end[:, None]
 
     x, v = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
-    t, end = torch.rand(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    t = 0.1 + 0.8 * torch.rand(5, dtype=torch.float64)  # at the ends a difference is one-sided
+    end = torch.rand(5, dtype=torch.float64)
     exact = 2 * x * v * t[:, None] + x.square()
     for how in ("jvp", "finite_difference"):
         found = total_derivative(u, x, v, t, end, how)
@@ -139,7 +140,9 @@ def test_a_difference_stays_between_the_times_0_and_1():
     t = torch.tensor([0.0, 0.01, 0.98, 1.0], dtype=torch.float64)
     found = total_derivative(u, x, v, t, t / 2, "finite_difference", 0.05)
     assert torch.cat(asked).min() == 0 and torch.cat(asked).max() == 1
-    torch.testing.assert_close(found, v * t[:, None] + x, rtol=0, atol=0.05 * float(v.abs().max()))
+    # One-sided at the ends, it is off by the shift times v there: to rounding.
+    bound = 0.05 * float(v.abs().max()) + 1e-12
+    torch.testing.assert_close(found, v * t[:, None] + x, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize(
