@@ -7,7 +7,9 @@ Methods without pairs (DMD2, SiD) see a student through a network that is fitted
 this fits one, from the teacher on, to the samples of each student and to the teacher's own stored
 ones, and prints how far they are apart (root mean square over the numbers of a denoising, at the
 first student's samples, by noise level), beside two fits to the first student that differ by their
-random numbers alone, which is what no difference below can be told from.
+random numbers alone, which is what no difference below can be told from. Last, how far the samples
+of a network that was fitted to the teacher's are from these (at the levels that the teacher
+learned at).
 """
 
 import lit_distill  # noqa: F401  # isort: skip  # before lightning: see lit_distill/_torchvision_ops.py
@@ -21,9 +23,12 @@ from torch import Tensor
 from tqdm import trange
 
 from lit_distill.datamodules import DigitsDataModule, PairsDataModule
-from lit_distill.diffusion import Denoiser, sample
+from lit_distill.diffusion import Denoiser, LogNormalSigma, SigmaDistribution, sample
 from lit_distill.losses import denoising_loss
 from lit_distill.methods.base import copy_of, noised
+from lit_distill.metrics import DigitsExtractor
+from lit_distill.metrics.evaluation import describe
+from lit_distill.metrics.figures import frechet_distance, to_uint8
 from lit_distill.models import load_denoiser
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -53,20 +58,34 @@ def drawn_from(images: Tensor, labels: Tensor) -> Draw:
     return draw
 
 
-def fitted(teacher: Denoiser, draw: Draw, updates: int, seed: int) -> Denoiser:
-    """A denoiser of what is drawn, from the teacher on."""
+def fitted(
+    teacher: Denoiser, draw: Draw, updates: int, seed: int, levels: SigmaDistribution | None = None
+) -> Denoiser:
+    """A denoiser of what is drawn, from the teacher on; by default at DMD2's levels."""
     torch.manual_seed(seed)
     score = copy_of(teacher)
     optimizer = torch.optim.AdamW(score.parameters(), 1e-3, betas=(0.9, 0.99))
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates, 1e-5)
     for _ in trange(updates, leave=False):
         x, labels = draw(128)
-        sigma = teacher.schedule(0.15 + 0.55 * torch.rand(len(x)))
+        u = torch.rand(len(x))
+        sigma = teacher.schedule(0.15 + 0.55 * u) if levels is None else levels(u).float()
         optimizer.zero_grad()
         denoising_loss(score, x, sigma, torch.randn_like(x), labels).mean().backward()
         optimizer.step()
         rate.step()
     return score
+
+
+def features(denoiser: Denoiser, seed: int, count: int = 10_000) -> Tensor:
+    """Features of samples by 18 Heun steps."""
+    torch.manual_seed(seed)
+    noise, labels = torch.randn(count, *DigitsDataModule.image_shape), torch.arange(count) % 10
+    samples = [
+        sample(denoiser, n, steps=18, solver="heun", condition=y)
+        for n, y in zip(noise.split(500), labels.split(500), strict=True)
+    ]
+    return describe(DigitsExtractor(), to_uint8(torch.cat(samples))).features
 
 
 @torch.no_grad()
@@ -76,6 +95,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--students", nargs="+", required=True)
     parser.add_argument("--updates", type=int, default=1200)
+    parser.add_argument("--refit", type=int, default=4000, help="updates of the last fit")
     options = parser.parse_args()
     teacher = load_denoiser(options.teacher).requires_grad_(False)
     data = PairsDataModule(DigitsDataModule(), str(options.pairs), batch_size=128)
@@ -102,6 +122,12 @@ def main() -> None:
         apart = [_apart(first, score(noisy, sigma, labels)) for score in columns.values()]
         apart.append(_apart(of_own(noisy, sigma, labels), teacher(noisy, sigma, labels)))
         print(f"| {sigma[0]:.2f} | " + " | ".join(f"{a:.4f}" for a in apart) + " |", flush=True)
+    with torch.enable_grad():
+        refitted = fitted(teacher, own, options.refit, 102, LogNormalSigma(-1.0, 1.4))
+    reference = features(teacher, 0)
+    for name, other in {"teacher": teacher, "network fitted to its samples": refitted}.items():
+        distance = frechet_distance(reference, features(other, 1))
+        print(f"samples of the {name}: {distance:.4f} from the teacher's")
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

@@ -141,10 +141,9 @@ class AdversarialDistillation(AlternatingDistillationModule):
 
     def student_loss(self, batch: Batch, samples: list[Generated]) -> Tensor:
         """Passing for real, and the distance to the teacher's denoising; samples are handed on."""
-        condition = condition_of(batch)
-        x = self.generated(batch)
-        samples.append(Generated(x.detach(), condition, batch["image"]))
-        sigma = self.draw_sigma(len(x))
+        made = self.generated(batch)
+        samples.append(made.detached())
+        x, condition, sigma = made.image, made.condition, self.draw_sigma(made)
         noisy = noised(x, sigma)
         with untrained(self.discriminator):
             features = self.features(x, noisy, sigma, condition)
@@ -160,13 +159,16 @@ class AdversarialDistillation(AlternatingDistillationModule):
         self.log("loss/distillation", distillation, prog_bar=True)
         return loss + self.distillation_weight * distillation
 
-    def generated(self, batch: Batch) -> Tensor:
-        """The student's samples of one of its steps, from fresh noise."""
-        noise, condition = torch.randn_like(batch["image"]), condition_of(batch)
+    def generated(self, batch: Batch) -> Generated:
+        """The student's samples of one of its steps, from fresh noise, judged as DMD2's are."""
+        data, condition = batch["image"], condition_of(batch)
+        noise = torch.randn_like(data)
         if self.steps == 1:
-            return sample(self.student, noise, steps=1, condition=condition)
+            x = sample(self.student, noise, steps=1, condition=condition)
+            return Generated(x, condition, data)
         stop = self.drawn_for_all(self.steps)
-        return sample_of_step(self.student, noise, stop, self.steps, condition)
+        x = sample_of_step(self.student, noise, stop, self.steps, condition)
+        return Generated(x, condition, data, float(self.student.grid(self.steps)[stop + 1]))
 
     def features(
         self, x: Tensor, noisy: Tensor, sigma: Tensor, condition: Condition
@@ -177,18 +179,19 @@ class AdversarialDistillation(AlternatingDistillationModule):
 
     def discriminator_loss(self, samples: Generated) -> Tensor:
         """Telling the student's samples from real ones."""
-        x, condition, data = samples
-        sigma = self.draw_sigma(len(x))
+        x, condition, data = samples.image, samples.condition, samples.data
+        sigma = self.draw_sigma(samples)
         with torch.no_grad():
             fake = self.features(x, noised(x, sigma), sigma, condition)
             real = self.features(data, noised(data, sigma), sigma, condition)
         return judged(self, self.discriminator, real, fake, self.adversarial_loss, self.r1_weight)
 
-    def draw_sigma(self, count: int) -> Tensor:
+    def draw_sigma(self, samples: Generated) -> Tensor:
         """Noise levels to judge at, within those that the teacher knows."""
         assert self.teacher is not None
-        sigma = self.sigma_distribution(torch.rand(count, device=self.device))
-        return sigma.clamp(self.teacher.sigma_min, self.teacher.sigma_max)
+        sigma = self.sigma_distribution(torch.rand(len(samples.image), device=self.device))
+        lowest = max(self.teacher.sigma_min, samples.sigma_min)
+        return sigma.clamp(lowest, self.teacher.sigma_max)
 
     @torch.no_grad()
     def preview(self, noise: Tensor, condition: Condition = None) -> dict[str, Tensor]:

@@ -30,11 +30,19 @@ from lit_distill.models import LoRA, adapted
 
 
 class Generated(NamedTuple):
-    """Samples of the student, detached, what they are conditional on, and the data beside them."""
+    """Samples of the student, what they are conditional on, and the data beside them.
+
+    They are judged at noise levels from ``sigma_min`` on.
+    """
 
     image: Tensor
     condition: Condition
     data: Tensor
+    sigma_min: float = 0.0
+
+    def detached(self) -> "Generated":
+        """Without a graph."""
+        return self._replace(image=self.image.detach())
 
 
 class DMD(AlternatingDistillationModule):
@@ -175,35 +183,37 @@ class DMD(AlternatingDistillationModule):
 
     def student_loss(self, batch: Batch, samples: list[Generated]) -> Tensor:
         """The loss of fresh samples, which are handed on, and regression on pairs."""
-        condition, count = condition_of(batch), len(batch["image"])
         if self.distance is None:
-            x = self.generated(batch)
+            made = self.generated(batch)
         else:
-            both = torch.cat([torch.randn_like(batch["image"]), _noise_of(batch)])
-            x, x_paired = self.one_step(both, _twice(condition)).split(count)
-        samples.append(Generated(x.detach(), condition, batch["image"]))
-        loss = self.sample_loss(x, condition)
+            condition, data = condition_of(batch), batch["image"]
+            both = torch.cat([torch.randn_like(data), _noise_of(batch)])
+            x, x_paired = self.one_step(both, _twice(condition)).split(len(data))
+            made = Generated(x, condition, data)
+        samples.append(made.detached())
+        loss = self.sample_loss(made)
         if self.distance is not None:
             regression = self.regression(x_paired, batch).mean()
             self.log("loss/regression", regression, prog_bar=True)
             loss = loss + self.regression_weight * regression
         return loss
 
-    def sample_loss(self, x: Tensor, condition: Condition) -> Tensor:
+    def sample_loss(self, samples: Generated) -> Tensor:
         """The loss of the student's samples: distribution matching."""
-        loss = self.distribution_loss(x, condition)
+        loss = self.distribution_loss(samples)
         self.log("loss/distribution", loss, prog_bar=True)
         return self.distribution_weight * loss
 
-    def distribution_loss(self, x: Tensor, condition: Condition) -> Tensor:
+    def distribution_loss(self, samples: Generated) -> Tensor:
         """A scalar whose gradient is that of the divergence to the teacher's density."""
+        x = samples.image
         matching = distribution_matching(
             x,
-            self.draw_sigma(len(x)),
+            self.draw_sigma(samples),
             torch.randn_like(x),
             self.real_score,
             self.fake_score,
-            condition,
+            samples.condition,
             normalise=self.normalise,
         )
         self.log("weight/mean", matching.weight.mean())
@@ -211,8 +221,7 @@ class DMD(AlternatingDistillationModule):
 
     def fake_loss(self, samples: Generated) -> Tensor:
         """Denoising score matching on the student's samples."""
-        x, condition, _ = samples
-        sigma = self.draw_sigma(len(x))
+        x, sigma, condition = samples.image, self.draw_sigma(samples), samples.condition
         loss = denoising_loss(self.fake_score, x, sigma, torch.randn_like(x), condition).mean()
         self.log("loss/fake_score", loss, prog_bar=True)
         return loss
@@ -220,22 +229,24 @@ class DMD(AlternatingDistillationModule):
     @torch.no_grad()
     def fresh_samples(self, batch: Batch, draw: int) -> Generated:
         """Samples without a graph, the ``draw``-th of this batch."""
-        return Generated(self.generated(batch, draw), condition_of(batch), batch["image"])
+        return self.generated(batch, draw)
 
-    def generated(self, batch: Batch, draw: int = 0) -> Tensor:
+    def generated(self, batch: Batch, draw: int = 0) -> Generated:
         """The student's samples from fresh noise."""
-        return self.one_step(torch.randn_like(batch["image"]), condition_of(batch))
+        data, condition = batch["image"], condition_of(batch)
+        x = self.one_step(torch.randn_like(data), condition)
+        return Generated(x, condition, data)
 
     def one_step(self, noise: Tensor, condition: Condition) -> Tensor:
         """The student's samples from unit noise."""
         return sample(self.student, noise, steps=1, condition=condition)
 
-    def draw_sigma(self, count: int) -> Tensor:
-        """Noise levels, uniform in ``noise_range`` of the teacher's time."""
+    def draw_sigma(self, samples: Generated) -> Tensor:
+        """Noise levels to judge samples at, uniform in ``noise_range`` of the teacher's time."""
         low, high = self.noise_range
         assert self.teacher is not None
-        u = low + (high - low) * torch.rand(count, device=self.device)
-        return self.teacher.schedule(u)
+        u = low + (high - low) * torch.rand(len(samples.image), device=self.device)
+        return self.teacher.schedule(u).clamp(min=samples.sigma_min)
 
     def regression(self, x: Tensor, batch: Batch) -> Tensor:
         """Distance ``(B,)`` to the teacher's images."""

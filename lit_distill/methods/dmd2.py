@@ -50,7 +50,8 @@ class DMD2(DMD):
     ratio 5, adversarial weights 3e-3 (student) and 1e-2 (discriminator), bf16.
 
     Deviations: all updates of a batch look at its real images, with fresh noise; the heads are
-    small perceptrons on each place of the feature maps.
+    small perceptrons on each place of the feature maps; what a step but the last makes is judged
+    at the level that it will be noised to, and above it.
 
     Data: any, as real images; :class:`~lit_distill.datamodules.PairsDataModule` if
     ``regression_weight`` is not 0. Under DDP use ``strategy: ddp_find_unused_parameters_true``.
@@ -135,51 +136,56 @@ class DMD2(DMD):
         """Without a discriminator and noised data."""
         return self.discriminator is None and self.inputs != "noised_data"
 
-    def generated(self, batch: Batch, draw: int = 0) -> Tensor:
-        """The student's samples of one of its steps, which only the last one has a graph of."""
+    def generated(self, batch: Batch, draw: int = 0) -> Generated:
+        """The student's samples of one of its steps, which only the last one has a graph of.
+
+        What a step but the last makes is noised again, and is judged from that level on: below, a
+        fake score of all steps' samples would let the errors of one step make up for another's.
+        """
         if self.steps == 1:
             return super().generated(batch, draw)
-        stop, condition = self.drawn_for_all(self.steps, draw), condition_of(batch)
-        data = batch["image"] if self.inputs == "noised_data" else None
-        return sample_of_step(
-            self.student, torch.randn_like(batch["image"]), stop, self.steps, condition, data
-        )
+        data, condition = batch["image"], condition_of(batch)
+        stop, noise = self.drawn_for_all(self.steps, draw), torch.randn_like(data)
+        given = data if self.inputs == "noised_data" else None
+        x = sample_of_step(self.student, noise, stop, self.steps, condition, given)
+        return Generated(x, condition, data, float(self.student.grid(self.steps)[stop + 1]))
 
-    def sample_loss(self, x: Tensor, condition: Condition) -> Tensor:
+    def sample_loss(self, samples: Generated) -> Tensor:
         """Distribution matching, and passing for real."""
-        loss = super().sample_loss(x, condition)
+        loss = super().sample_loss(samples)
         if self.discriminator is None or self.adversarial_weight == 0:
             return loss
         with untrained(self.fake_score, self.discriminator):
-            logits = self.logits(x, self.draw_sigma(len(x)), torch.randn_like(x), condition)
+            logits = self.logits(samples, self.draw_sigma(samples), torch.randn_like(samples.image))
         adversarial = generator_loss(logits, self.adversarial_loss).mean()
         self.log("loss/adversarial", adversarial, prog_bar=True)
         return loss + self.adversarial_weight * adversarial
 
-    def logits(self, x: Tensor, sigma: Tensor, noise: Tensor, condition: Condition) -> Tensor:
+    def logits(self, samples: Generated, sigma: Tensor, noise: Tensor) -> Tensor:
         """The discriminator's logits ``(B, N)`` of samples, noised to ``sigma``."""
         assert self.discriminator is not None
-        noisy = x + like(sigma, x) * noise
+        noisy = samples.image + like(sigma, samples.image) * noise
         return self.discriminator(
-            self.discriminator.features(self.backbone, noisy, sigma, condition)
+            self.discriminator.features(self.backbone, noisy, sigma, samples.condition)
         )
 
-    def distribution_loss(self, x: Tensor, condition: Condition) -> Tensor:
+    def distribution_loss(self, samples: Generated) -> Tensor:
         """As of DMD; for other divergences the samples are weighted."""
         if self.divergence == "reverse_kl":
-            return super().distribution_loss(x, condition)
-        sigma, noise = self.draw_sigma(len(x)), torch.randn_like(x)
+            return super().distribution_loss(samples)
+        x, sigma = samples.image, self.draw_sigma(samples)
+        noise = torch.randn_like(x)
         matching = distribution_matching(
             x,
             sigma,
             noise,
             self.real_score,
             self.fake_score,
-            condition,
+            samples.condition,
             normalise=self.normalise,
         )
         with torch.no_grad():
-            ratio = self.logits(x, sigma, noise, condition).mean(1).clamp(-5, 5)
+            ratio = self.logits(samples, sigma, noise).mean(1).clamp(-5, 5)
             weight = _DENSITY_WEIGHTS[self.divergence](ratio)
             weight = weight / weight.mean()
         self.log("weight/mean", matching.weight.mean())
@@ -189,8 +195,8 @@ class DMD2(DMD):
         """Denoising of the student's samples, and telling them from real ones."""
         if self.discriminator is None:
             return super().fake_loss(samples)
-        x, condition, data = samples
-        sigma = self.draw_sigma(len(x))
+        x, condition, data = samples.image, samples.condition, samples.data
+        sigma = self.draw_sigma(samples)
         if self.features == "fake_score":  # one pass serves both losses
             denoised, fake = self.discriminator.look(
                 self.fake_score, noised(x, sigma), sigma, condition

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_distill.diffusion import Condition, Denoiser, like
+from lit_distill.diffusion import Denoiser, like
 from lit_distill.losses import score_identity_loss
 from lit_distill.methods.alternating import untrained
+from lit_distill.methods.dmd import Generated
 from lit_distill.methods.dmd2 import DMD2
 
 
@@ -63,9 +64,9 @@ class SiD(DMD2):
             )
         self.alpha = alpha
 
-    def distribution_loss(self, x: Tensor, condition: Condition) -> Tensor:
+    def distribution_loss(self, samples: Generated) -> Tensor:
         """The score identity, with a graph through both scores."""
-        sigma = self.draw_sigma(len(x))
+        x, condition, sigma = samples.image, samples.condition, self.draw_sigma(samples)
         noisy = x + like(sigma, x) * torch.randn_like(x)
         with untrained(self.fake_score):
             real = self.real_score(noisy, sigma, condition)

@@ -30,6 +30,7 @@ from lit_distill.methods import (
     Reflow,
     SiD,
 )
+from lit_distill.methods.dmd import Generated
 from lit_distill.methods.dmd2 import sample_of_step
 from lit_distill.models import LoRA, load_denoiser
 
@@ -125,6 +126,23 @@ def test_a_step_of_several_is_trained_on_the_students_own_samples():
     torch.testing.assert_close(state, data + levels[2] * noise)
 
 
+@pytest.mark.parametrize("kind", [DMD2, SiD, AdversarialDistillation])
+def test_what_is_noised_again_is_judged_from_that_level_on(kind, tmp_path, monkeypatch):
+    """Student and fake score, so that one step's errors cannot make up for another's."""
+    made, seen = module(kind, steps=3), []
+    drawn = made.draw_sigma
+    monkeypatch.setattr(
+        made, "draw_sigma", lambda x: seen.append((x.sigma_min, drawn(x))) or seen[-1][1]
+    )
+    trainer(tmp_path, max_steps=12).fit(made, Digits())
+    lowest = {low for low, _ in seen}
+    assert lowest == {float(level) for level in made.student.grid(3)[1:]} and 0.0 in lowest
+    for low, sigma in seen:
+        assert float(sigma.min()) >= low
+    last = torch.cat([sigma for low, sigma in seen if low == 0])
+    assert float(last.min()) < min(lowest - {0.0})  # the last step's samples at all levels
+
+
 def test_all_updates_of_a_batch_draw_steps_of_their_own(tmp_path, monkeypatch):
     made, stops = module(DMD2, steps=4, update_ratio=4, **JUDGED), []
     drawn = made.drawn_for_all
@@ -146,11 +164,12 @@ def test_other_divergences_weigh_the_samples(divergence):
     given = torch.tensor([[-2.0], [2.0]])
     made.logits = lambda *args: given
     x = torch.randn(2, 1, 8, 8, requires_grad=True)
+    samples = Generated(x, torch.arange(2), x)
     torch.manual_seed(1)
-    (weighed,) = torch.autograd.grad(made.distribution_loss(x, torch.arange(2)), x)
+    (weighed,) = torch.autograd.grad(made.distribution_loss(samples), x)
     given = torch.zeros(2, 1)
     torch.manual_seed(1)
-    (even,) = torch.autograd.grad(made.distribution_loss(x, torch.arange(2)), x)
+    (even,) = torch.autograd.grad(made.distribution_loss(samples), x)
     ratios = [float((weighed[i] / even[i]).mean()) for i in range(2)]
     assert ratios[0] < 1 < ratios[1] and sum(ratios) == pytest.approx(2, rel=1e-4)
 

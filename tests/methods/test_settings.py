@@ -99,7 +99,9 @@ def test_compiled_networks_train_as_plain_ones_do(kind, tmp_path, monkeypatch):
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatch):
     """Where each sample's noise follows from the sample alone, two halves make the same step."""
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.sin(5 * x + 1))
-    monkeypatch.setattr(DMD, "draw_sigma", lambda self, count: torch.full((count,), 0.5).double())
+    monkeypatch.setattr(
+        DMD, "draw_sigma", lambda self, x: torch.full((len(x.image),), 0.5).double()
+    )
     gradients = []
     for accumulate in (1, 2, 4):
         module, seen = dmd_module(accumulate=accumulate, clip=None, update_ratio=2), []
