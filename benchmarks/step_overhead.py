@@ -381,6 +381,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             logger=TensorBoardLogger(folder),
             default_root_dir=folder,
             callbacks=[watch],
+            enable_checkpointing=False,  # by default one at the end of each epoch, short here
         )
         trainer.fit(method.module(teacher), data)
     blocks = list(zip(watch.whole, watch.before, watch.after, strict=False))
