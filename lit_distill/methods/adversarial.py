@@ -55,7 +55,8 @@ class AdversarialDistillation(AlternatingDistillationModule):
 
     Args:
         teacher: A denoiser, or a folder or hub id of one.
-        steps: Steps of the student; those beyond the first are trained on its own samples.
+        steps: Steps of the student; those beyond the first are trained on its own samples. What a
+            step but the last makes is judged from the level on that it will be noised to.
         sigma_distribution: Levels to judge at, from uniform numbers.
         adversarial_loss: ``softplus`` or ``hinge``.
         r1_weight: Weight of the gradient penalty of the heads on real data; 0 = none.
