@@ -57,6 +57,8 @@ class AdversarialDistillation(AlternatingDistillationModule):
         teacher: A denoiser, or a folder or hub id of one.
         steps: Steps of the student; those beyond the first are trained on its own samples. What a
             step but the last makes is judged from the level on that it will be noised to.
+        levels: Noise levels that the steps beyond the first start from, falling; by default those
+            uniform in the teacher's own time.
         sigma_distribution: Levels to judge at, from uniform numbers.
         adversarial_loss: ``softplus`` or ``hinge``.
         r1_weight: Weight of the gradient penalty of the heads on real data; 0 = none.
@@ -84,6 +86,7 @@ class AdversarialDistillation(AlternatingDistillationModule):
         self,
         teacher: str | Denoiser,
         steps: int = 1,
+        levels: Sequence[float] | None = None,
         sigma_distribution: SigmaDistribution | None = None,
         adversarial_loss: AdversarialLoss = "hinge",
         r1_weight: float = 1e-5,
@@ -108,7 +111,10 @@ class AdversarialDistillation(AlternatingDistillationModule):
         generator = student_of(frozen, student)
         if generator_sigma is not None:
             generator.start_from(generator_sigma)
-        generator.few_steps = FewSteps((1,)) if steps == 1 else several_steps(generator, steps)
+        one_step = steps == 1 and levels is None
+        generator.few_steps = (
+            FewSteps((1,)) if one_step else several_steps(generator, steps, levels)
+        )
         super().__init__(
             generator, frozen, optimizer=optimizer, lr_scheduler=lr_scheduler, steps=steps, **base
         )

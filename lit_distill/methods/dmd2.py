@@ -59,6 +59,8 @@ class DMD2(DMD):
     Args:
         teacher: A denoiser, or a folder or hub id of one.
         steps: Steps of the student.
+        levels: Noise levels that the steps beyond the first start from, falling; by default those
+            uniform in the teacher's own time.
         inputs: What a step beyond the first is trained on: ``backward_simulation``, or
             ``noised_data``.
         adversarial_weight: Weight of the student's adversarial loss; 0 with
@@ -84,6 +86,7 @@ class DMD2(DMD):
         self,
         teacher: str | Denoiser,
         steps: int = 1,
+        levels: Sequence[float] | None = None,
         inputs: Inputs = "backward_simulation",
         adversarial_weight: float = 3e-3,
         discriminator_weight: float = 1e-2,
@@ -113,9 +116,9 @@ class DMD2(DMD):
                 f"divergence={divergence!r} needs a discriminator: set discriminator_weight."
             )
         self.steps = steps
-        if steps > 1:
+        if steps > 1 or levels is not None:
             for model in (self.student, self.network):
-                model.few_steps = several_steps(model, steps)
+                model.few_steps = several_steps(model, steps, levels)
         self.inputs, self.features, self.divergence = inputs, features, divergence
         self.adversarial_weight, self.discriminator_weight = (
             adversarial_weight,
@@ -245,12 +248,30 @@ def judged(
     return loss
 
 
-def several_steps(denoiser: Denoiser, steps: int) -> FewSteps:
-    """Levels uniform in the model's own time, with fresh noise between them."""
-    shares = 1 - torch.arange(steps, dtype=torch.float64) / steps
-    grid = [*denoiser.schedule(shares).tolist(), 0.0]
-    grid[0] = denoiser.sigma_max  # to the bit
-    return FewSteps((steps,), [grid], gamma=1.0)
+def several_steps(
+    denoiser: Denoiser, steps: int, levels: Sequence[float] | None = None
+) -> FewSteps:
+    """Levels to start from, with fresh noise between them.
+
+    Args:
+        denoiser: The student.
+        steps: Its steps.
+        levels: Where the steps beyond the first start; by default uniform in the model's own time.
+
+    Raises:
+        ValueError: If these are not as many levels, falling, within those that the model knows.
+    """
+    if levels is None:
+        shares = 1 - torch.arange(1, steps, dtype=torch.float64) / steps
+        levels = denoiser.schedule(shares).tolist()
+    known = (denoiser.sigma_max, *levels, denoiser.sigma_min)
+    if len(levels) != steps - 1 or not all(after < before for before, after in pairwise(known)):
+        raise ValueError(
+            f"levels={list(levels)}: a student of {steps} step(s) starts all but the first at "
+            f"{steps - 1} levels of its own, which fall, between its smallest and largest noise "
+            f"({denoiser.sigma_min:g} and {denoiser.sigma_max:g})."
+        )
+    return FewSteps((steps,), [[denoiser.sigma_max, *levels, 0.0]], gamma=1.0)
 
 
 def sample_of_step(

@@ -143,6 +143,18 @@ def test_what_is_noised_again_is_judged_from_that_level_on(kind, tmp_path, monke
     assert float(last.min()) < min(lowest - {0.0})  # the last step's samples at all levels
 
 
+@pytest.mark.parametrize("kind", [DMD2, SiD, AdversarialDistillation])
+def test_levels_of_the_steps_can_be_chosen(kind, tmp_path):
+    made = module(kind, steps=3, levels=[1.5, 0.5])
+    trainer(tmp_path, ExportPipeline(), max_steps=1).fit(made, Digits())
+    exported, seen = load_denoiser(tmp_path / "pipeline"), []
+    grid = [made.student.sigma_max, 1.5, 0.5, 0.0]
+    assert exported.grid(3).tolist() == made.student.grid(3).tolist() == grid
+    exported.register_forward_hook(lambda _, args, x: seen.append(float(args[1][0])))
+    sample(exported, torch.randn(2, 1, 8, 8), steps=3, condition=torch.arange(2))
+    assert seen == grid[:3]
+
+
 def test_all_updates_of_a_batch_draw_steps_of_their_own(tmp_path, monkeypatch):
     made, stops = module(DMD2, steps=4, update_ratio=4, **JUDGED), []
     drawn = made.drawn_for_all
@@ -319,6 +331,10 @@ def test_an_average_elsewhere_is_the_same_average(tmp_path):
     ("kind", "options", "words"),
     [
         (DMD2, {"steps": 0}, "steps=0.*at least 1 step"),
+        (DMD2, {"steps": 3, "levels": [2.0]}, r"levels=\[2.0\].* of 3 step\(s\).* 2 levels"),
+        (DMD2, {"steps": 3, "levels": [1.0, 2.0]}, "which fall, between its smallest and largest"),
+        (DMD2, {"levels": [1.0]}, r"of 1 step\(s\)"),
+        (AdversarialDistillation, {"steps": 2, "levels": [100.0]}, r"\(0.002 and 80\)"),
         (DMD2, {"inputs": "x"}, "inputs='x'.*backward_simulation or noised_data"),
         (DMD2, {"features": "x"}, "features='x'.*fake_score or teacher"),
         (DMD2, {"divergence": "x"}, "divergence='x'.*jensen_shannon"),
