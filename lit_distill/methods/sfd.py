@@ -54,7 +54,7 @@ class SFD(AlternatingDistillationModule):
     each evaluation of the student. Under DDP use ``strategy: ddp``.
 
     Reference recipe (CIFAR10): steps 4, L1, Adam 5e-5, a tenth of it in the second half, batch 128,
-    200k images (SFD-v: 4 to 7 steps, 800k), no EMA, no clipping.
+    200k images (SFD-v: 2 to 5 of them, 800k), no EMA, no clipping.
 
     Deviations: the embedding of the number of steps starts as zeros, so that the student starts as
     the teacher; distances are means over pixels.
