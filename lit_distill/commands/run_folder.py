@@ -7,9 +7,10 @@ LAST = Path("checkpoints") / "last.ckpt"
 BEST = Path("checkpoints") / "best.ckpt"
 CONFIG = "config.yaml"
 _STAGES = "stage-*/model_index.json"  # exported on the way, see ExportPipeline
+_AVERAGES = "pipeline-ema-*/model_index.json"  # further ones, see ExportPipeline
 _RESULTS = ("checkpoints/*.ckpt", "pipeline/*", _STAGES, "metrics.json")
 _PARTS = (
-    *("checkpoints", "pipeline", "samples", "metrics.json", "cost.json"),
+    *("checkpoints", "pipeline", "adapter", "samples", "metrics.json", "cost.json"),
     *("comparison.png", "hparams.yaml"),
 )
 _EVENTS = "events.out.tfevents.*"
@@ -92,8 +93,9 @@ def written(root: Path) -> list[Path]:
         root: The run folder.
     """
     parts = (root / name for name in _PARTS)
-    stages = sorted(path.parent for path in root.glob(_STAGES))
-    return [path for path in parts if path.exists()] + stages + sorted(root.glob(_EVENTS))
+    found = [path for path in parts if path.exists()]
+    exported = sorted(path.parent for glob in (_STAGES, _AVERAGES) for path in root.glob(glob))
+    return found + exported + sorted(root.glob(_EVENTS))
 
 
 def remove(paths: list[Path]) -> None:

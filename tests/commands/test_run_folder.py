@@ -73,6 +73,8 @@ def test_what_a_run_wrote_is_removed_and_nothing_else(tmp_path: Path) -> None:
         "pipeline/unet/config.json",
         "stage-4-steps/model_index.json",
         "stage-4-steps/unet/config.json",
+        "pipeline-ema-0.99/model_index.json",
+        "adapter/adapter_config.json",
         "samples/step-000001.png",
         "metrics.json",
         "comparison.png",
