@@ -69,7 +69,7 @@ class KnowledgeDistillation(DistillationModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The distance of the student's images to the teacher's."""
         condition = condition_of(batch)
-        noise, target = self.online_pair(batch) if self.online else stored_pair(batch)
+        noise, target = self.online_pair(batch) if self.online else stored_pair(batch, self)
         x = sample(self.student, noise, steps=1, condition=condition)
         loss = self.distance(x, target).mean()
         self.watch(loss)
@@ -100,17 +100,17 @@ class KnowledgeDistillation(DistillationModule):
         return ("teacher", "distance")
 
 
-def stored_pair(batch: Batch, method: str = "Knowledge distillation") -> tuple[Tensor, Tensor]:
-    """Noise and image of a batch of pairs.
+def stored_pair(batch: Batch, method: DistillationModule) -> tuple[Tensor, Tensor]:
+    """Noise and image of a batch of pairs, for a method.
 
     Raises:
         ValueError: If the batch holds images only.
     """
     if "noise" not in batch:
-        online = ", or set online to true" if method == "Knowledge distillation" else ""
+        online = ", or set online to true" if isinstance(method, KnowledgeDistillation) else ""
         raise ValueError(
-            f"{method} needs noise-image pairs, but the batches hold images only: use "
-            "PairsDataModule with a folder of pairs (lit-distill predict --config "
-            f"configs/digits/pairs.yaml){online}."
+            f"{type(method).__name__} needs noise-image pairs, but the batches hold images only: "
+            "use PairsDataModule with a folder of its teacher's pairs (lit-distill predict --config "
+            f"configs/digits/pairs.yaml, or flow_pairs.yaml there for those of a flow){online}."
         )
     return batch["noise"], batch["image"]

@@ -116,7 +116,7 @@ class Reflow(DistillationModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow matching on a batch of pairs."""
-        noise, x0 = stored_pair(batch, "Reflow")
+        noise, x0 = stored_pair(batch, self)
         t = drawn_times(self.sigma_distribution, noise)
         loss = flow_matching_loss(self.student, x0, noise, t, condition_of(batch)).mean()
         self.watch(loss)
