@@ -47,5 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         help="mnist-ddpm: the state_dict of the conditional MNIST model (nn_model.* and schedule)",
     )
     parser.add_argument("file", type=Path, help="the checkpoint")
-    parser.add_argument("out", type=Path, help="the folder to write, e.g. runs/mnist/teacher_original/pipeline")
+    parser.add_argument(
+        "out", type=Path, help="the folder to write, e.g. runs/mnist/teacher_original/pipeline"
+    )
     return parser
