@@ -16,6 +16,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+import yaml
 from diffusers import DDPMPipeline, DDPMScheduler
 from ended import Command
 from PIL import Image
@@ -276,6 +277,20 @@ def test_config_runs_two_steps(file: str, run: Run) -> None:
         assert (folder / "pipeline" / "model_index.json").is_file()
         pictures = list((folder / "samples").glob("*.png"))
         assert bool(pictures) is ("SampleGrid" in (CONFIGS / file).read_text())
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_last_checkpoint_is_of_the_last_step(file: str) -> None:
+    """Or a test would take other weights than those that were exported."""
+    config = yaml.safe_load((CONFIGS / file).read_text())
+    model = config["model"]["init_args"]
+    # SFD's batch is as many updates as the student has steps, and is looked at as a whole.
+    several = config["model"]["class_path"].endswith(".SFD") and isinstance(model["steps"], int)
+    updates = model["steps"] if several else 1
+    for callback in config["trainer"].get("callbacks", []):
+        every = callback.get("init_args", {}).get("every_n_train_steps")
+        if every is not None:
+            assert every % updates == 0 == config["trainer"]["max_steps"] % every
 
 
 def test_every_data_set_has_its_stages() -> None:
