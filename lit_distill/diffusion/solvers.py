@@ -112,7 +112,8 @@ def dpmpp_2m(
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2) of order 2, one evaluation a step.
 
     The data prediction is extrapolated to the middle of the step in ``lambda = -ln(sigma)``. A
-    step to 0 falls back to order 1, since its length in lambda is infinite.
+    step to 0 falls back to order 1, since its length in lambda is infinite. A sample may stay
+    where it is (a step to its own level).
     """
     previous: Tensor | None = None
     last_length = torch.zeros_like(sigmas[0])
@@ -123,7 +124,8 @@ def dpmpp_2m(
         length = (sigma / to_sigma).log()
         estimate = x0
         if previous is not None:
-            ratio = torch.where(to_sigma > 0, length / (2 * last_length), 0.0)
+            goes_on = (to_sigma > 0) & (length != 0)
+            ratio = torch.where(goes_on, length / (2 * last_length), 0.0)
             estimate = x0 + like(ratio, x) * (x0 - previous)
         x = jump(x, estimate, sigma, to_sigma)
         previous, last_length = x0, length
@@ -171,7 +173,7 @@ def dpmpp_3m(
 
     Its last coefficient belongs to half the second difference, so that on grids like Karras' its
     measured order is 2; it is kept since that form does better at few steps. The first steps are
-    of lower order, and so is one to 0.
+    of lower order, and so is one to 0. A sample may stay where it is (a step to its own level).
     """
     past: list[Tensor] = []
     lengths: list[Tensor] = []
@@ -179,9 +181,10 @@ def dpmpp_3m(
         x0 = denoiser(x, sigma, condition)
         if callback is not None:
             callback(i, x, x0)
-        # Any finite length will do for a step to 0, which takes none of what follows: an infinite
-        # one would leave NaNs in the gradient.
-        length = torch.where(to_sigma > 0, (sigma / to_sigma).log(), 1.0)
+        # Any length will do for a step to 0 or to where it begins, which takes none of what
+        # follows: an infinite one, or 0, would leave NaNs.
+        goes_on = (to_sigma > 0) & (to_sigma != sigma)
+        length = torch.where(goes_on, (sigma / to_sigma).log(), 1.0)
         change = torch.zeros_like(x)
         if len(past) == 1:
             change = (x0 - past[0]) * like(length / (2 * lengths[0]), x)
@@ -194,7 +197,7 @@ def dpmpp_3m(
             weight = shrink / length + 1
             weight_2 = (shrink + length) / length**2 - 0.5
             change = (like(weight, x) * first - like(weight_2, x) * second) / like(-shrink, x)
-        estimate = torch.where(like(to_sigma, x) > 0, x0 + change, x0)
+        estimate = torch.where(like(goes_on, x).bool(), x0 + change, x0)
         x = jump(x, estimate, sigma, to_sigma)
         past, lengths = [x0, *past[:1]], [length, *lengths[:1]]
     return x

@@ -156,6 +156,20 @@ def test_a_grid_for_each_sample_is_a_run_for_each_sample(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sample_may_stop_before_the_others(solver):
+    """It stays at its level while they go on, as in a batch of jumps of several lengths."""
+    denoiser, x = mixture(), 5 * seeded_noise((2,), range(2)).double()
+    long = karras_sigmas(6, 0.1, 5)[:-1]
+    short = torch.cat([long[:3], long[2].expand(3)])
+    together = solve(denoiser, x, torch.stack([long, short], 1), solver=solver)
+    alone = (
+        solve(denoiser, x[:1], long, solver=solver),
+        solve(denoiser, x[1:], short[:3], solver=solver),
+    )
+    assert torch.allclose(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_the_last_step_to_zero_is_the_denoising(solver):
     denoiser, x = mixture(), torch.randn(4, 2, dtype=torch.float64)
     out = solve(denoiser, x, torch.tensor([0.5, 0.0]), solver=solver)
