@@ -138,6 +138,10 @@ class AdversarialDistillation(AlternatingDistillationModule):
         assert self.teacher is not None
         return self.teacher if self.feature_network is None else self.feature_network
 
+    def compiled_modules(self) -> list[nn.Module]:
+        """The student, and the network that denoises unless it is looked into, as of DMD2."""
+        return [self.student, *(t for t in self.teachers() if t is not self.backbone)]
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One student update, then one of the discriminator."""
         parts = self.split(batch)

@@ -4,7 +4,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lit_distill.diffusion import EpsilonDenoiser
@@ -60,6 +60,11 @@ class Autoencoder(DistillationModule):
                 f"the VAE takes {self.codec.image_shape}: set image_size and channels of the "
                 "option pipeline."
             )
+        self.prepare_networks()
+
+    def compiled_modules(self) -> list[nn.Module]:
+        """The VAE's halves: it is not called itself."""
+        return [self.vae.encoder, self.vae.decoder]
 
     def trained_modules(self) -> list[Trained]:
         """The VAE."""

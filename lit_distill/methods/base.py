@@ -25,6 +25,7 @@ from lit_distill.diffusion import (
     Condition,
     Denoiser,
     EvaluationCounter,
+    FewSteps,
     Generators,
     NetworkDenoiser,
     check_solver,
@@ -69,7 +70,7 @@ class DistillationModule(LightningModule):
         steps: Steps of a sampling run where none are asked for.
         solver: Solver of a sampling run, see :func:`lit_distill.diffusion.sample`; by default a
             student's own way.
-        compile: Compile the networks with ``torch.compile``.
+        compile: Compile the networks with ``torch.compile``, see :meth:`compiled_modules`.
         channels_last: Keep weights in the channels-last layout (faster convolutions on GPUs).
         ema_device: Device that the average is kept on, for example ``cpu`` to leave a GPU's memory
             to the training, for a copy of the weights each update; by default the student's.
@@ -112,6 +113,10 @@ class DistillationModule(LightningModule):
             {_key(d): _average_of(student, d, ema_device) for d in further_ema_decays}
         )
         self.further_ema_decays = tuple(further_ema_decays)
+        if ema_device is not None:  # DDP has no part in them, and refuses weights on two devices
+            named = [*self.named_parameters(), *self.named_buffers()]
+            averaged = [name for name, _ in named if name.startswith(("ema.", "further_averages."))]
+            self._ddp_params_and_buffers_to_ignore = averaged
         self._sampled = 0  # which of the averages
         self._near_average: tuple[AveragedModel, int, Denoiser] | None = None
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -141,6 +146,12 @@ class DistillationModule(LightningModule):
     def averages(self) -> list[AveragedModel]:
         """All averages of the student's weights, the one that is sampled first."""
         return [self.ema, *cast(list[AveragedModel], self.further_averages.values())]
+
+    def sample_by(self, few_steps: FewSteps) -> None:
+        """Set how the student is sampled, and all averages of its weights."""
+        self._near_average = None  # a copy
+        for model in (self.student, *(cast(Denoiser, a.module) for a in self.averages)):
+            model.few_steps = few_steps
 
     @contextmanager
     def sampled_with(self, decay: float) -> Iterator[None]:
@@ -222,6 +233,10 @@ class DistillationModule(LightningModule):
         """What is trained, the student first."""
         return [Trained("student", self.student, self.optimizer, self.lr_scheduler)]
 
+    def compiled_modules(self) -> list[nn.Module]:
+        """What the option ``compile`` compiles."""
+        return [*(t.module for t in self.trained_modules()), *self.teachers()]
+
     def teachers(self) -> list[Denoiser]:
         """Whose evaluations in training count as the teacher's."""
         return [] if self.teacher is None else [self.teacher]
@@ -261,10 +276,14 @@ class DistillationModule(LightningModule):
                 data.check_model(self.student)
             else:
                 data.check_teacher(self.teacher)
+        self.prepare_networks()
+
+    def prepare_networks(self) -> None:
+        """Lay the weights out and compile, as the options say."""
         if self.channels_last:
             self.to(memory_format=torch.channels_last)
         if self.compile_networks:
-            for module in [*(t.module for t in self.trained_modules()), *self.teachers()]:
+            for module in self.compiled_modules():
                 module.compile()
 
     def configure_optimizers(self) -> Any:

@@ -147,12 +147,18 @@ def with_scalings(
         guidance: Scale that a network which embeds it is told where none is given.
 
     Raises:
-        ValueError: If it has other scalings.
+        ValueError: If it has other scalings, or was trained on images in another range.
     """
     if isinstance(denoiser, LatentConsistencyDenoiser):  # to go on with
         return denoiser
     if not isinstance(denoiser, EpsilonDenoiser | VelocityDenoiser):
         return with_boundary(denoiser, num_timesteps)
+    if denoiser.image_range != (-1, 1):
+        raise ValueError(
+            f"This model was trained on images in {list(denoiser.image_range)}, for which a "
+            "consistency model has no scalings: give a teacher of images in [-1, 1], or use "
+            "another method."
+        )
     return LatentConsistencyDenoiser(
         denoiser.network,
         betas=denoiser.betas,

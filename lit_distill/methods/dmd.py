@@ -88,7 +88,7 @@ class DMD(AlternatingDistillationModule):
         fake_clip: Largest gradient norm of the fake score, or None.
         accumulate: Micro-batches of a batch.
         ema_decay: Decay of the average of the student's weights.
-        compile: Compile all networks.
+        compile: Compile all networks, but one whose features a discriminator looks at.
         channels_last: Keep weights in the channels-last layout.
         student: What the student starts from, where that is not the teacher: a denoiser of any
             size, or a folder or hub id of one.

@@ -111,14 +111,25 @@ class DMD2(DMD):
                 "is that of one step."
             )
         judged = adversarial_weight > 0 or discriminator_weight > 0
+        if judged and discriminator_weight == 0:
+            raise ValueError(
+                f"adversarial_weight={adversarial_weight} with discriminator_weight=0: nothing "
+                "would train the discriminator that the student has to pass. Set both, or both to "
+                "0 for no discriminator."
+            )
         if divergence != "reverse_kl" and not judged:
             raise ValueError(
                 f"divergence={divergence!r} needs a discriminator: set discriminator_weight."
             )
+        if divergence != "reverse_kl" and adversarial_loss != "softplus":
+            raise ValueError(
+                f"divergence={divergence!r} takes the discriminator's logits for a log ratio of "
+                f"densities, which those of adversarial_loss={adversarial_loss!r} are not: use "
+                "softplus."
+            )
         self.steps = steps
         if steps > 1 or levels is not None:
-            for model in (self.student, self.network):
-                model.few_steps = several_steps(model, steps, levels)
+            self.sample_by(several_steps(self.student, steps, levels))
         self.inputs, self.features, self.divergence = inputs, features, divergence
         self.adversarial_weight, self.discriminator_weight = (
             adversarial_weight,
@@ -133,6 +144,13 @@ class DMD2(DMD):
         """Whose features the discriminator looks at."""
         assert self.teacher is not None
         return self.fake_score if self.features == "fake_score" else self.teacher
+
+    def compiled_modules(self) -> list[nn.Module]:
+        """All networks but the one that is looked into: compiled, it would call no hooks."""
+        networks: list[nn.Module] = [self.student, self.fake_score, *self.teachers()]
+        if self.discriminator is not None:
+            networks.remove(self.backbone)
+        return networks
 
     @property
     def data_free(self) -> bool:

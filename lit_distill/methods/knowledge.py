@@ -110,7 +110,7 @@ def stored_pair(batch: Batch, method: DistillationModule) -> tuple[Tensor, Tenso
         online = ", or set online to true" if isinstance(method, KnowledgeDistillation) else ""
         raise ValueError(
             f"{type(method).__name__} needs noise-image pairs, but the batches hold images only: "
-            "use PairsDataModule with a folder of its teacher's pairs (lit-distill predict "
-            f"--config configs/digits/pairs.yaml, or flow_pairs.yaml there for those of a flow){online}."
+            "use PairsDataModule with a folder of its teacher's pairs (lit-distill predict --config"
+            f" configs/digits/pairs.yaml, or flow_pairs.yaml there for a flow's){online}."
         )
     return batch["noise"], batch["image"]

@@ -65,8 +65,7 @@ class MultiBoundaryConsistencyDistillation(ConsistencyDistillation):
         below = [max(b for b in levels if b < node) for node in self.nodes[:-1].tolist()]
         self.ends = torch.tensor(below, dtype=torch.float64)
         grid = (float(self.nodes[0]), *levels)
-        for model in (self.student, self.network):
-            model.few_steps = FewSteps(trained=(len(levels),), grids=(grid,), only=True)
+        self.sample_by(FewSteps(trained=(len(levels),), grids=(grid,), only=True))
         self.steps = len(levels)
 
 

@@ -86,8 +86,7 @@ class ProgressiveDistillation(DistillationModule):
         """Set what differs between stages, except for weights."""
         self.stage, self.steps = stage, self.counts[stage]
         grid = tuple(self.levels[:: (len(self.levels) - 1) // self.steps].tolist())
-        for model in (self.student, self.network):
-            model.few_steps = FewSteps(trained=(self.steps,), grids=(grid,))
+        self.sample_by(FewSteps(trained=(self.steps,), grids=(grid,)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Squared distance, in ``x0``, to the jump that lands where the teacher's two do."""

@@ -125,6 +125,13 @@ def test_consistency_models_have_edms_scalings(kind):
         kind(other, distance="l2")
 
 
+@pytest.mark.parametrize("kind", CONSISTENCY)
+def test_consistency_models_have_images_in_the_usual_range(kind):
+    other = EpsilonDenoiser(denoiser().network, image_range=(0, 1))
+    with pytest.raises(ValueError, match=r"trained on images in \[0.0, 1.0\].*in \[-1, 1\]"):
+        kind(other, distance="l2")
+
+
 def test_any_teacher_where_the_student_has_edms_scalings(tmp_path):
     teacher = EpsilonDenoiser(denoiser().network)
     student = ConsistencyDistillation(teacher, distance="l2", student=denoiser(1), **CD)

@@ -15,6 +15,7 @@ from tiny import (
     trainer,
 )
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_distill.callbacks import ExportPipeline
 from lit_distill.datamodules import DigitsDataModule
@@ -26,6 +27,8 @@ from lit_distill.methods import (
     AdversarialDistillation,
     FlowDistillation,
     MeanFlow,
+    MultiBoundaryConsistencyDistillation,
+    ProgressiveDistillation,
     RectifiedFlow,
     Reflow,
     SiD,
@@ -339,6 +342,12 @@ def test_an_average_elsewhere_is_the_same_average(tmp_path):
         (DMD2, {"features": "x"}, "features='x'.*fake_score or teacher"),
         (DMD2, {"divergence": "x"}, "divergence='x'.*jensen_shannon"),
         (DMD2, {"divergence": "forward_kl", **PLAIN}, "needs a discriminator"),
+        (
+            DMD2,
+            {"divergence": "forward_kl", **JUDGED, "adversarial_loss": "hinge"},
+            "log ratio.*'hinge'.*use softplus",
+        ),
+        (DMD2, {"discriminator_weight": 0.0}, "nothing would train the discriminator"),
         (DMD2, {"adversarial_loss": "x"}, "adversarial_loss='x'.*softplus or hinge"),
         (DMD2, {"feature_layers": ["unet.x"]}, r"no layer unet\.x.*it has .*unet\.mid_block"),
         (DMD2, {"update_ratio": 0}, "update_ratio=0.*at least 1 update"),
@@ -434,6 +443,35 @@ def test_several_averages_at_once(tmp_path):
     again.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
     with again.sampled_with(0.99):
         assert equal(weights(again.network), alone[0.99])
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: module(DMD2, steps=2, further_ema_decays=(0.9,)),
+        lambda: module(MultiBoundaryConsistencyDistillation, further_ema_decays=(0.9,)),
+        lambda: module(ProgressiveDistillation, further_ema_decays=(0.9,)),
+    ],
+)
+def test_all_averages_are_sampled_as_the_student_is(made):
+    made = made()
+    with made.sampled_with(0.9):
+        assert made.network.few_steps == made.student.few_steps is not None
+
+
+def test_ddp_leaves_averages_on_another_device_alone(tmp_path):
+    """Weights on two devices are what it refuses else."""
+    made = module(DMD, ema_device="meta", further_ema_decays=(0.9,))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        DistributedDataParallel(made)
+        del made._ddp_params_and_buffers_to_ignore
+        with pytest.raises(ValueError, match="same type of devices"):
+            DistributedDataParallel(made)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_adapter_is_exported_beside_the_merged_weights(tmp_path):

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import Digits, denoiser, dmd_module, every_method, teacher_module, trainer
 from torch import nn
 
+from lit_distill.callbacks import SampleGrid
 from lit_distill.diffusion import (
     Denoiser,
     EDMDenoiser,
@@ -17,7 +18,7 @@ from lit_distill.diffusion import (
     VelocityDenoiser,
     sample,
 )
-from lit_distill.methods import DMD, DiffusionTeacher
+from lit_distill.methods import DMD, DMD2, AdversarialDistillation, DiffusionTeacher
 
 
 @every_method
@@ -94,6 +95,32 @@ def test_compiled_networks_train_as_plain_ones_do(kind, tmp_path, monkeypatch):
         spent.append(module.teacher_evaluations)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0]
     assert spent[0] == spent[1] == (3 * 16 * 2 if kind is DMD else 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(DMD2, {}), (DMD2, {"features": "teacher"}), (AdversarialDistillation, {})],
+)
+def test_features_are_seen_beside_compiled_networks(kind, options, tmp_path, monkeypatch):
+    """Those of a network that has been asked without a look at them before."""
+    backend = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", backend)
+    losses = []
+    for compile_networks in (False, True):
+        torch.manual_seed(0)
+        made = kind(
+            EDMDenoiser(Perceptron()),
+            compile=compile_networks,
+            feature_layers=["layers.0"],
+            optimizer=lambda p: torch.optim.SGD(p, lr=1e-3),
+            **options,
+        )
+        grid = SampleGrid(num_images=2, columns=2, every_n_steps=1)
+        run = trainer(tmp_path, grid, max_steps=3)
+        run.fit(made, Digits())
+        assert (made.student._compiled_call_impl is not None) == compile_networks
+        losses.append({k: float(v) for k, v in run.callback_metrics.items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatch):
