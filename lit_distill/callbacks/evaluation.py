@@ -26,7 +26,7 @@ from lit_distill.callbacks.sampling import (
 )
 from lit_distill.diffusion import Denoiser
 from lit_distill.metrics.cost import Cost
-from lit_distill.metrics.evaluation import ImageSet, Measures, measure
+from lit_distill.metrics.evaluation import ImageSet, Measures, check_resamples, measure
 from lit_distill.metrics.extractors import Extractor
 from lit_distill.metrics.figures import coverage, frechet_distance, label_accuracy
 
@@ -103,10 +103,7 @@ class Evaluation(Callback):
                 f"Evaluation cannot work with num_samples={num_samples} and validation_samples="
                 f"{validation_samples}: take at least 2, and at least 0 (0 = no validation)."
             )
-        if resamples < 0 or resamples == 1:
-            raise ValueError(
-                f"resamples={resamples}: an interval takes at least 2, and 0 leaves it out."
-            )
+        check_resamples(resamples)
         self.resamples = resamples
         self.extractor = extractor  # not on the module, or every checkpoint would hold it
         self.num_samples, self.steps, self.seed = num_samples, tuple(steps), seed

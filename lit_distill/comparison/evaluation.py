@@ -20,7 +20,7 @@ from lit_distill.datamodules import ImageDataModule
 from lit_distill.diffusion import Condition, Denoiser, check_solver, rho_grid, sample, solve
 from lit_distill.metrics.cache import Key, hash_tensors, read_cache, write_cache
 from lit_distill.metrics.cost import Sampler
-from lit_distill.metrics.evaluation import measure
+from lit_distill.metrics.evaluation import check_resamples, measure
 from lit_distill.metrics.extractors import Extractor
 from lit_distill.metrics.figures import frechet_distance
 from lit_distill.models import load_denoiser
@@ -51,7 +51,7 @@ class Judge:
         teacher_solver: Its solver.
         teacher_nfe: Evaluations that its other rows may spend, each with the best solver.
         solvers: Solvers to choose from, of one evaluation a step.
-        resamples: Of the bootstrap interval.
+        resamples: Draws of the bootstrap intervals; 0 = no intervals.
     """
 
     data: ImageDataModule
@@ -79,6 +79,7 @@ class Judge:
             )
         for solver in [self.teacher_solver, *self.solvers]:
             check_solver(solver)
+        check_resamples(self.resamples)
 
 
 class Evaluator:

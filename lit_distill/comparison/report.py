@@ -205,13 +205,13 @@ class _Page:
     def notes(self) -> list[str]:
         """What the columns mean."""
         judge = self.comparison.evaluation
+        intervals = "; in brackets a bootstrapped 95% interval" if judge.resamples else ""
         notes = [
             f"`{self.names['teacher']}`: Frechet distance to {judge.num_images:,} samples of the "
             f"teacher ({judge.teacher_solver}, {judge.teacher_steps} steps) from other noise, of "
-            "as many samples; in brackets a bootstrapped 95% interval. The teacher's own first "
-            "line is the floor. Its other lines are the best of "
-            f"{', '.join(judge.solvers)}, chosen on samples of other seeds. Of one-step gap: over "
-            "the distance of the teacher's own single step.",
+            f"as many samples{intervals}. The teacher's own first line is the floor. Its other "
+            f"lines are the best of {', '.join(judge.solvers)}, chosen on samples of other seeds. "
+            "Of one-step gap: over the distance of the teacher's own single step.",
             f"`{self.names['test']}`: to the held-out images; coverage: of these; label: asked "
             "label recognised; paired: mean pixel distance to the teacher's image from the same "
             "noise. Latency: an image at batch 1.",
@@ -407,9 +407,12 @@ def _distance(row: Row) -> float:
 
 
 def _points(axes: Axes, x: list[float], rows: list[Row], gap: float, style: dict[str, Any]) -> None:
-    """Distances with their intervals."""
+    """Distances with their intervals, where there are any."""
     y = [max(_distance(row), 1e-9) / gap for row in rows]
     ends = [row["fd_teacher_interval"] for row in rows]
+    if None in ends:  # resamples: 0
+        axes.errorbar(x, y, **style)
+        return
     below = [max(d - low / gap, 0) for d, (low, _) in zip(y, ends, strict=True)]
     above = [max(high / gap - d, 0) for d, (_, high) in zip(y, ends, strict=True)]
     axes.errorbar(x, y, yerr=[below, above], **style)

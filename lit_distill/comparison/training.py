@@ -21,6 +21,7 @@ GIVEN = "compare.yaml"
 """The configuration that a run was given: it can be repeated with it alone."""
 LOG = "log.txt"
 _TRIAL = "trial"
+_TIMED = "trial.json"  # what the trial found, and what it was made with
 _TRIAL_UPDATES, _TRIAL_SECONDS = 24, 20
 _PATIENCE = 30  # seconds that a stopped process has to write its checkpoint
 
@@ -83,13 +84,14 @@ class Workshop:
         given = run.folder / GIVEN
         if not given.is_file():
             return ""
-        return _difference(OmegaConf.load(given), self._within_budget(run))
+        # Not timed anew for this: with the old settings back, a run that is refused fits again.
+        trial = self._timed_otherwise(run)
+        return trial or _difference(_plain(OmegaConf.load(given)), _plain(self._within_budget(run)))
 
     def _make_one(self, run: Run) -> None:
         if run.name in self._checked:
             return
         given, anew = run.folder / GIVEN, False
-        config = self._within_budget(run)
         if given.is_file():
             changed = self.changed(run)
             stale = sorted(self._made.intersection(run.needs)) if finished(run) else []
@@ -109,6 +111,7 @@ class Workshop:
         if finished(run) and not anew:
             self._checked.add(run.name)
             return
+        config = self._within_budget(run)
         if anew:
             self._clear(run)
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -144,9 +147,10 @@ class Workshop:
 
     def _updates_for(self, run: Run, budget: Budget) -> int:
         """How many updates fit into seconds or evaluations, by a trial that is kept."""
-        record = run.folder / "trial.json"
-        if not record.is_file():
-            _write(record, json.dumps(self._tried(run), indent=1) + "\n")
+        record = run.folder / _TIMED
+        if not record.is_file() or self._timed_otherwise(run):
+            found = {**self._tried(run), "settings": self._settings(run)}
+            _write(record, json.dumps(found, indent=1) + "\n")
         trial = json.loads(record.read_text())
         if budget.unit == "seconds":
             return max(1, round(budget.amount / trial["seconds_per_update"]))
@@ -163,6 +167,17 @@ class Workshop:
         if not trial["evaluations_per_update"]:  # it asks the teacher nothing: as configured
             return int(run.config.trainer.max_steps)
         return int(left // trial["evaluations_per_update"])
+
+    def _settings(self, run: Run) -> dict[str, Any]:
+        """All that a trial depends on: the run's own configuration and those of what it reads."""
+        return {each.name: _plain(each.config) for each in self.plan.order(run.name)}
+
+    def _timed_otherwise(self, run: Run) -> str:
+        """The first setting in which the kept trial was made otherwise, or nothing."""
+        record = run.folder / _TIMED
+        if self.plan.budget.unit in ("", "updates") or not record.is_file():
+            return ""  # no trial is asked
+        return _difference(json.loads(record.read_text()).get("settings"), self._settings(run))
 
     def _tried(self, run: Run) -> dict[str, float]:
         """Seconds and teacher evaluations of an update, measured on a few."""
@@ -269,11 +284,16 @@ def _stages(config: DictConfig) -> int:
 
 def _difference(before: Any, now: Any) -> str:
     """The first setting in which two configurations differ, or nothing."""
-    old, new = (_flat(OmegaConf.to_container(c)) for c in (before, now))
+    old, new = _flat(before), _flat(now)
     for key in [*old, *new]:
         if old.get(key) != new.get(key):
             return f"{key}: {old.get(key, 'absent')}, now {new.get(key, 'absent')}"
     return ""
+
+
+def _plain(config: Any) -> Any:
+    """A configuration as nested lists and mappings, with its interpolations as they stand there."""
+    return OmegaConf.to_container(config)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

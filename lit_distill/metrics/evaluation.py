@@ -142,6 +142,18 @@ def joined(parts: Sequence[ImageSet], keep: int) -> ImageSet:
     )
 
 
+def check_resamples(resamples: int) -> None:
+    """Check the option of that name before anything slow.
+
+    Raises:
+        ValueError: If an interval cannot be drawn of so few.
+    """
+    if resamples < 0 or resamples == 1:
+        raise ValueError(
+            f"resamples={resamples}: an interval takes at least 2, and 0 leaves it out."
+        )
+
+
 def measure(
     samples: ImageSet,
     *,

@@ -90,6 +90,22 @@ class TestReport:
         assert low < second["fd_teacher"] < high
         self.check_page((report / "index.html").read_text(), report)
 
+    def test_without_intervals(self, command: Command, calls: Calls, tmp_path: Path) -> None:
+        path = write_comparison(tmp_path, "cd")
+        given = yaml.safe_load(path.read_text())
+        given["evaluation"]["resamples"] = 0
+        path.write_text(yaml.safe_dump(given))
+        ended = compare(command, path)
+        assert ended.status == 0, ended.err
+        report = tmp_path / "compared" / "report"
+        rows = json.loads((report / "results.json").read_text())
+        assert all(row.get("fd_teacher_interval") is None for row in rows)
+        for page in ("report.md", "index.html"):
+            text = (report / page).read_text()
+            assert re.search(r"\| CD \||>CD<", text)
+            assert not re.search(r"\d \[|bootstrap|[ >]None[ <]", text)
+        assert (report / "distances.png").is_file()
+
     def check_page(self, page: str, report: Path) -> None:
         """Self-contained: nothing that a browser would fetch."""
         assert not re.search(r"""(src|href)=["'](?!data:)""", page)
@@ -207,6 +223,27 @@ class TestBudgets:
         assert compare(command, path).status == 0  # a second trial would give another number
         assert calls == []
 
+    def test_other_settings_are_timed_anew(
+        self, command: Command, calls: Calls, tmp_path: Path
+    ) -> None:
+        path = write_comparison(tmp_path, "second", budget="0.1 seconds")
+        assert compare(command, path).status == 0
+        first = tmp_path / "configs" / "sfd.yaml"
+        trials = [tmp_path / "compared" / name / "trial.json" for name in ("sfd", "second")]
+        before = [trial.read_text() for trial in trials]
+        first.write_text(first.read_text().replace("batch_size: 16", "batch_size: 32"))
+        calls.clear()
+        ended = compare(command, path)
+        assert re.search(r"has other settings \(\S*batch_size: 16, now 32\)", ended.out)
+        # Or the run would not fit its trial with the old settings back.
+        assert calls == [] and [trial.read_text() for trial in trials] == before
+        assert compare(command, path, "--overwrite", "true").status == 0
+        # The second stage's student is another one, too, for all its own settings are the same.
+        assert [name for _, name in calls] == ["trial", "sfd", "trial", "second"]
+        calls.clear()
+        assert compare(command, path).status == 0
+        assert calls == []
+
     def test_teacher_evaluations(self, command: Command, calls: Calls, tmp_path: Path) -> None:
         path = write_comparison(tmp_path, "sfd", budget="100 teacher evaluations")
         ended = compare(command, path)
@@ -260,6 +297,7 @@ class TestBadFiles:
             (lambda g: g["evaluation"].update(extractor="Nothing"), "extractor"),
             (lambda g: g["evaluation"].update(num_images=3), "num_images must be at least 50"),
             (lambda g: g["evaluation"].update(solvers=["eulr"]), "eulr"),
+            (lambda g: g["evaluation"].update(resamples=1), "resamples=1: an interval takes at"),
             (lambda g: g.update(budget="an hour"), "an hour"),
             (lambda g: g.update(entries=[]), "at least one"),
             (lambda g: g["entries"][0].update(config="nowhere.yaml"), "nowhere.yaml"),
