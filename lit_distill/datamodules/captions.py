@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_distill.datamodules.digits import DigitsDataModule
 from lit_distill.datamodules.frame import open_picture
-from lit_distill.datamodules.image_files import ENDINGS
+from lit_distill.datamodules.image_files import ENDINGS, stamp
 
 _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 _PHRASES = ("a handwritten {}", "the digit {}", "a picture of a {}", "{}")
@@ -92,7 +92,8 @@ class CaptionedFolder(CaptionedImages):
             )
         self.captions: list[str] = []
         self._files: list[str] = []
-        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+        # Not splitlines(), which also cuts at characters that a text in JSON may contain (U+2028).
+        for number, line in enumerate(metadata.read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 self._add(line, f"{metadata}, line {number}")
         if not self.captions:
@@ -133,8 +134,9 @@ class CaptionedFolder(CaptionedImages):
             )
 
     def identity(self) -> str:
-        """All lines."""
-        return json.dumps([self.captions, self._files])
+        """All lines, and size and time of the last change of each image."""
+        files = [(file, stamp(self.folder / file)) for file in self._files]
+        return json.dumps([self.captions, files])
 
     def files(self, indices: range) -> Iterator[tuple[str, bytes]]:
         """The files of the lines ``indices``."""

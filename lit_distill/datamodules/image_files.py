@@ -90,7 +90,7 @@ def find_images(path: Path, labels: bool | None = None) -> ImageFiles:
             file, or a damaged one.
     """
     if path.is_dir():
-        stamps = {name: _stamp(path / name) for name in _walk(path)}
+        stamps = {name: stamp(path / name) for name in _walk(path)}
         listing = path / LISTING
         text = listing.read_bytes() if listing.is_file() else None
     elif path.is_file():
@@ -148,7 +148,8 @@ def _zip_contents(path: Path) -> tuple[dict[str, str], bytes | None]:
         raise ValueError(f"{path} cannot be read ({error}): copy or download it again.") from error
 
 
-def _stamp(path: Path) -> str:
+def stamp(path: Path) -> str:
+    """Size and time of the last change of a file, to notice that it is another one."""
     try:
         found = path.stat()
     except OSError:  # a link to nothing: it is reported with the images that cannot be read

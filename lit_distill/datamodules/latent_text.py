@@ -38,7 +38,7 @@ class LatentManifest:
     """What a cache of latents and prompts was computed from, and what it consists of.
 
     Attributes:
-        source: SHA-256 (hex) of the names and captions.
+        source: SHA-256 (hex) of what the source calls its identity.
         vae: SHA-256 (hex) of the VAE.
         text_encoder: SHA-256 (hex) of text encoder and tokenizer.
         latent_shape: ``[c, h, w]``.

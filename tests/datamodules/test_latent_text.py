@@ -139,6 +139,13 @@ def test_a_cache_of_other_companions_or_captions_is_refused(images, pipeline, tm
         module(CaptionedFolder(str(images)), pipeline, tmp_path / "cache").prepare_data()
 
 
+def test_an_image_that_was_replaced_is_noticed(images, pipeline, tmp_path):
+    module(CaptionedFolder(str(images)), pipeline, tmp_path / "cache").prepare_data()
+    Image.new("L", (30, 30), 200).save(images / "0.png")
+    with pytest.raises(ValueError, match=r"computed in another way \(source: "):
+        module(CaptionedFolder(str(images)), pipeline, tmp_path / "cache").prepare_data()
+
+
 def test_damaged_shards_are_refused(images, pipeline, tmp_path):
     ready(module(CaptionedFolder(str(images)), pipeline, tmp_path / "cache"))
     shard = tmp_path / "cache" / "latents-00001.safetensors"
@@ -155,6 +162,14 @@ def test_captions_alone_have_prompts_and_no_latents(pipeline, tmp_path):
     batch = next(iter(ready(module(source, pipeline, tmp_path / "c")).train_dataloader()))
     assert batch["image"].shape == (2, 4, 4, 4) and batch["image"].isnan().all()
     assert batch["prompt_embeds"].shape == (2, 8, 16)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
+def test_a_caption_may_contain_any_separator(tmp_path, separator):
+    text = f'{{"text": "one{separator}two"}}\r\n{{"text": "three"}}\n'
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8", newline="")
+    found = CaptionedFolder(str(tmp_path), images=False).captions
+    assert found == [f"one{separator}two", "three"]
 
 
 @pytest.mark.parametrize(
