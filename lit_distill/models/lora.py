@@ -7,8 +7,6 @@ pass. No adapter is ever switched off between a pass and its gradient.
 
 import copy
 import math
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_distill.diffusion import Condition, Denoiser, NetworkDenoiser
+from lit_distill.models.whole_folder import whole_folder
 
 _OF_THE_BACKBONE = (
     "image_shape",
@@ -176,9 +175,7 @@ def save_adapter(denoiser: Denoiser, folder: str | Path) -> None:
         within = name.removeprefix("unet.")  # of the component that a pipeline has
         layers.add(within.partition(".lora_")[0])
         state[_BASE + within.replace(f".{_SLOT}.", ".")] = tensor.detach().cpu().contiguous()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with whole_folder(target) as draft:
         safetensors.torch.save_file(state, draft / "adapter_model.safetensors")
         config = LoraConfig(
             r=network.lora.rank,
@@ -188,11 +185,6 @@ def save_adapter(denoiser: Denoiser, folder: str | Path) -> None:
         config.save_pretrained(str(draft))
         if getattr(network, "codec", None) is not None:
             _save_for_pipelines(state, config, draft)
-        draft.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _save_for_pipelines(state: dict[str, Tensor], config: Any, folder: Path) -> None:

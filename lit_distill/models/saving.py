@@ -7,9 +7,7 @@ its own, see :mod:`lit_distill.models.few_step_pipeline`.
 
 import inspect
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -46,6 +44,7 @@ from lit_distill.models.few_step_pipeline import FewStepPipeline
 from lit_distill.models.lora import merged
 from lit_distill.models.mnist_unet import MNISTUNet
 from lit_distill.models.text_to_image import TextUNet, without_bars
+from lit_distill.models.whole_folder import whole_folder
 
 SIDECAR = "lit_distill.json"
 CARD = "README.md"
@@ -103,16 +102,10 @@ def folder_in_place(folder: str | Path) -> Iterator[Path]:
     """
     target = Path(folder).absolute()
     _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with whole_folder(target) as draft:
         yield draft
         if has_own_card(target):
             shutil.copyfile(target / CARD, draft / CARD)
-        draft.chmod(0o755)  # mkdtemp keeps others out
-        _replace(target, draft)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def has_own_card(folder: str | Path) -> bool:
@@ -130,21 +123,6 @@ def _check_replaceable(target: Path) -> None:
             f"{target} exists and is not a diffusers folder, so that it is not replaced: name "
             "another folder, or remove it first."
         )
-
-
-def _replace(target: Path, draft: Path) -> None:
-    """Put a complete folder in the place of an old one, which comes back if that fails."""
-    if not target.exists():
-        os.replace(draft, target)
-        return
-    old = draft.with_name(draft.name + "-old")
-    os.replace(target, old)
-    try:
-        os.replace(draft, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _add_code(folder: Path, pipeline: FewStepPipeline) -> None:

@@ -1,6 +1,7 @@
 """Adapters of several networks on one backbone."""
 
 import copy
+import os
 
 import peft
 import pytest
@@ -106,6 +107,28 @@ def test_its_adapter_opens_in_peft(teacher, x, tmp_path):
         torch.testing.assert_close(
             c_skip * x + c_out * found, output(student, x), rtol=1e-4, atol=1e-5
         )
+
+
+def test_a_failure_while_renaming_brings_the_old_adapter_back(teacher, tmp_path, monkeypatch):
+    student = moved(adapted(teacher, LoRA(rank=2)))
+    save_adapter(student, tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    before, failures = weights.read_bytes(), []
+
+    def fails_once(rename):
+        def renamed(source, target):
+            if os.path.basename(target) == "adapter" and not failures:
+                failures.append(source)
+                raise OSError("Input/output error")
+            rename(source, target)
+
+        return renamed
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, fails_once(getattr(os, name)))
+    with pytest.raises(OSError, match="Input/output"):
+        save_adapter(moved(student, 1), tmp_path / "adapter")
+    assert weights.read_bytes() == before and os.listdir(tmp_path) == ["adapter"]
 
 
 def test_on_a_backbone_of_bfloat16_the_adapter_stays_precise(teacher, x):
