@@ -1,5 +1,6 @@
 """A look at the signs that a run of alternating networks goes wrong, with what to try."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -9,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_distill.diffusion import Denoiser, sample, seeded_noise
+from lit_distill.diffusion import Condition, Denoiser, sample, seeded_noise
 from lit_distill.losses import denoising_loss
 
 # Where a sign becomes a finding. They were set on runs on points and digits, see
@@ -45,24 +46,27 @@ class RunDoctor(Callback):
 
     Those losses say how two networks stand to each other and not how good the samples are: a run
     may collapse while all of them fall. Every so many student updates the doctor looks at fresh
-    samples of the student, from the same noise each time, and logs
+    samples of the student, from the same noise each time and, where there are any, for the batch's
+    prompts, and logs
 
     - ``doctor/fake_lag``: the fake score's denoising loss on them, over its own best so far; and
       ``doctor/fake_change``, how far its weights moved since the last look, over their norm;
     - ``doctor/outside``: share of their numbers clearly beyond the data's range (saturation);
     - ``doctor/spread``: mean distance between two samples, over that between two of the data;
     - ``doctor/unrest``: mean distance that one update moves a sample, over that between two of
-      the data;
+      the data; of a batch of several updates a share of the distance that they move it together;
     - ``doctor/win_rate``: share of samples, real and generated, that a discriminator tells right;
     - ``doctor/clipped`` and ``doctor/gradient``: share of updates with a clipped gradient, and the
       gradient's norm over its median so far.
 
     A sign whose mean over some looks is beyond its limit is warned of once, until it is not, in a
-    sentence with what to try. What a method does not have is left out. Look at the validation's
-    distance to the teacher and at the pictures of real and fake denoisings beside it.
+    sentence with what to try. What a method does not have is left out, and so is what is held
+    against the data where there are captions only. Look at the validation's distance to the teacher
+    and at the pictures of real and fake denoisings beside it.
 
     Args:
-        every_n_steps: Student updates between two looks.
+        every_n_steps: Student updates between two looks; a look follows the first batch that
+            reaches a multiple of it, or the one after where batches of several updates vary.
         num_samples: Samples of a look.
         warm_up: Student updates before the first finding; a student starts far from the data.
         patience: Looks whose mean makes a finding.
@@ -96,6 +100,8 @@ class RunDoctor(Callback):
         self._norms: list[float] = []
         self._steps: list[dict[str, Tensor]] = []
         self._before: Tensor | None = None
+        self._begin, self._updates = 0, 1  # of the batch; its updates are known when it ends
+        self._looked = 0  # update of the last look
         self._fake_before: list[Tensor] = []
 
     # --- Lightning's hooks ----------------------------------------------------------------------
@@ -118,13 +124,19 @@ class RunDoctor(Callback):
         self._best_fake = state_dict["best_fake"]
         self._norms = list(state_dict["norms"])
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the looks from where the training starts or goes on."""
+        self._steps, self._before = [], None
+        self._looked, self._updates = trainer.global_step, 1
+
     @torch.no_grad()
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Sample before an update that is looked at."""
-        if (trainer.global_step + 1) % self.every_n_steps == 0:
-            self._before = self._samples(cast(Denoiser, pl_module.student), batch["image"])[0]
+        """Sample before a batch that is looked at, if it is of as many updates as the last one."""
+        self._begin, self._before = trainer.global_step, None
+        if self._is_due(self._begin + self._updates):
+            self._before = self._samples(cast(Denoiser, pl_module.student), batch)[0]
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -139,13 +151,18 @@ class RunDoctor(Callback):
         logged = trainer.callback_metrics
         names = ("grad_norm/student", "discriminator/win_rate")
         self._steps.append({name: logged[name] for name in names if name in logged})
-        if trainer.global_step % self.every_n_steps or self._before is None:
+        self._updates = max(1, trainer.global_step - self._begin)
+        if self._before is None or not self._is_due(trainer.global_step):
             return
         signs = {**self._from_log(pl_module), **self._from_samples(pl_module, batch)}
         for name, value in signs.items():
             pl_module.log(f"doctor/{name}", value)
         self._judge(trainer, signs)
-        self._steps, self._before = [], None
+        self._steps, self._looked = [], trainer.global_step
+
+    def _is_due(self, step: int) -> bool:
+        """Whether there is a multiple of the interval between the last look and an update."""
+        return step // self.every_n_steps > self._looked // self.every_n_steps
 
     # --- Signs ----------------------------------------------------------------------------------
 
@@ -172,18 +189,21 @@ class RunDoctor(Callback):
         assert self._before is not None
         student = cast(Denoiser, module.student)
         data = batch["image"]
-        x, label = self._samples(student, data)
+        x, condition = self._samples(student, batch)
+        signs: dict[str, float] = {}
         width = max(_spread(data), 1e-12)
-        low, high = data.amin(), data.amax()
-        margin = MARGIN * (high - low)  # many pixels of many images are black or white
-        signs = {
-            "outside": float(((x < low - margin) | (x > high + margin)).float().mean()),
-            "spread": _spread(x) / width,
-            "unrest": float((x - self._before).flatten(1).float().norm(dim=1).mean()) / width,
-        }
+        if math.isfinite(width):  # captions alone come with images of NaN
+            low, high = data.amin(), data.amax()
+            margin = MARGIN * (high - low)  # many pixels of many images are black or white
+            moved = float((x - self._before).flatten(1).float().norm(dim=1).mean())
+            signs = {
+                "outside": float(((x < low - margin) | (x > high + margin)).float().mean()),
+                "spread": _spread(x) / width,
+                "unrest": moved / self._updates / width,
+            }
         fake = getattr(module, "fake_score", None)
         if fake is not None:
-            loss = self._fake_loss(fake, x, label)
+            loss = self._fake_loss(fake, x, condition)
             self._best_fake = min(self._best_fake, loss)
             signs["fake_lag"] = loss / max(self._best_fake, 1e-12)
             weights = _weights(fake)
@@ -192,27 +212,32 @@ class RunDoctor(Callback):
             self._fake_before = weights
         return signs
 
-    def _samples(self, student: Denoiser, data: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Samples of the weights in training, and their labels."""
+    def _samples(self, student: Denoiser, batch: dict[str, Tensor]) -> tuple[Tensor, Condition]:
+        """Samples of the weights in training, and what they are conditional on."""
+        data = batch["image"]
         noise = seeded_noise(data.shape[1:], range(self.num_samples)).to(data)
-        label = None
-        if student.num_classes is not None:
-            label = torch.arange(self.num_samples, device=data.device) % student.num_classes
+        numbers = torch.arange(self.num_samples, device=data.device)
+        condition: Condition = None
+        if "prompt_embeds" in batch:
+            prompts = batch["prompt_embeds"]
+            condition = {"prompt_embeds": prompts[numbers % len(prompts)]}
+        elif student.num_classes is not None:
+            condition = numbers % student.num_classes
         few = student.few_steps
         x = sample(
             student,
             noise,
             steps=1 if few is None else few.trained[0],
-            condition=label,
+            condition=condition,
             generator=torch.Generator(data.device).manual_seed(0),
         )
-        return x, label
+        return x, condition
 
-    def _fake_loss(self, fake: Denoiser, x: Tensor, label: Tensor | None) -> float:
+    def _fake_loss(self, fake: Denoiser, x: Tensor, condition: Condition) -> float:
         """Its denoising loss at levels over its whole range, with the same noise each time."""
         u = torch.linspace(0.05, 0.95, len(x), device=x.device)
         noise = seeded_noise(x.shape[1:], range(10_000, 10_000 + len(x))).to(x)
-        return float(denoising_loss(fake, x, fake.schedule(u), noise, label).mean())
+        return float(denoising_loss(fake, x, fake.schedule(u), noise, condition).mean())
 
     # --- Findings -------------------------------------------------------------------------------
 

@@ -12,12 +12,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_distill.callbacks import RunDoctor
+from lit_distill.datamodules import CaptionedDigits, CaptionedFolder, LatentTextDataModule
 from lit_distill.diffusion import EDMDenoiser, LogNormalSigma
-from lit_distill.methods import DMD2, DiffusionTeacher
+from lit_distill.methods import DMD, DMD2, SFD, DiffusionTeacher
 
-sys.path.append(str(Path(__file__).parents[1] / "methods"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("methods", "models")]
 from plane import SIGMA_MAX, SIGMA_MIN, Perceptron, Points, truth
-from tiny import Digits, dmd_module, teacher_module, trainer
+from small_text import text_folder
+from tiny import METHODS, Digits, dmd_module, module, teacher_module, trainer
 
 RATE, UPDATES = 1e-3, 300
 
@@ -145,6 +147,56 @@ def test_a_method_of_one_network_has_the_signs_that_it_can_have(tmp_path):
     run.fit(teacher_module(), Digits())
     found = {name for name in run.callback_metrics if name.startswith("doctor/")}
     assert found == {"doctor/outside", "doctor/spread", "doctor/unrest"}
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_text_to_image_is_looked_at_with_prompts(images, tmp_path):
+    folder = text_folder(tmp_path / "teacher")
+    source = CaptionedDigits()
+    if not images:
+        (tmp_path / "metadata.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+        source = CaptionedFolder(str(tmp_path), images=False)
+    data = LatentTextDataModule(source, folder, str(tmp_path / "cache"), batch_size=2)
+    doctor = RunDoctor(every_n_steps=1, num_samples=3)
+    run = trainer(tmp_path, doctor, max_steps=2)
+    run.fit(DMD(folder, regression_weight=0.0), data)
+    logged = {n: v for n, v in run.callback_metrics.items() if n.startswith("doctor/")}
+    of_images = {"doctor/outside", "doctor/spread", "doctor/unrest"}
+    assert {"doctor/fake_lag", "doctor/gradient"} < set(logged)
+    assert of_images & set(logged) == (of_images if images else set())
+    assert all(value.isfinite() for value in logged.values())
+
+
+class Noting(RunDoctor):
+    """Keeps the updates that it looked at, and the most steps that it remembered."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.looks, self.most = [], 0
+
+    def on_train_batch_end(self, *args, **kwargs):
+        super().on_train_batch_end(*args, **kwargs)
+        self.most = max(self.most, len(self._steps))
+
+    def _judge(self, trainer, signs):
+        self.looks.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(
+    ("make", "every", "limit", "looks"),
+    [
+        (dmd_module, 3, 7, [3, 6]),
+        # Four updates a batch: the first ends that reach 5, 10, 15 and 20.
+        (lambda: module(SFD, steps=4, teacher_substeps=1), 5, 24, [8, 12, 16, 20]),
+        # Batches end at 2, 4, 6, 8, 11, 13: that of 11 was expected to end at 10.
+        (METHODS["sfd_v"].make, 11, 15, [13]),
+    ],
+    ids=["one", "four", "varying"],
+)
+def test_batches_of_several_updates_are_looked_at(make, every, limit, looks, tmp_path):
+    doctor = Noting(every_n_steps=every, num_samples=4)
+    trainer(tmp_path, doctor, max_steps=limit, limit_val_batches=0).fit(make(), Digits())
+    assert doctor.looks == looks
+    assert doctor.most < every
 
 
 @pytest.mark.parametrize(
