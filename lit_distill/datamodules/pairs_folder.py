@@ -37,7 +37,7 @@ class Manifest:
         solver: Name of the solver.
         steps: Steps of the solver.
         nfe: Network evaluations an image.
-        sigma_min: Smallest noise level of the teacher.
+        sigma_min: Smallest noise level that the teacher was sampled at.
         sigma_max: Noise level that sampling started at.
         dtype: Precision of the teacher's network.
         seed: Noise ``i`` was drawn with seed ``seed + i``.

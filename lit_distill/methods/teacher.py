@@ -12,8 +12,10 @@ from lit_distill.diffusion import (
     Generators,
     GuidedDenoiser,
     SigmaDistribution,
+    karras_sigmas,
     like,
     sample,
+    solve,
 )
 from lit_distill.losses import denoising_loss
 from lit_distill.methods.base import Batch, DistillationModule, as_denoiser, condition_of
@@ -44,9 +46,12 @@ class DiffusionTeacher(DistillationModule):
         channels_last: Keep weights in the channels-last layout.
         guidance: Scale of classifier-free guidance of its samples, such as those of stored pairs; 1
             = none.
+        sigma_min: Where the grid of its samples (Karras et al. 2022, Eq. 5) ends before the last
+            step, to 0; by default they are made on the denoiser's own grid.
 
     Raises:
-        ValueError: If labels shall be dropped but the network has no null class.
+        ValueError: If labels shall be dropped but the network has no null class, or the grid would
+            end outside the denoiser's levels.
     """
 
     def __init__(
@@ -62,12 +67,18 @@ class DiffusionTeacher(DistillationModule):
         compile: bool = False,
         channels_last: bool = False,
         guidance: float = 1.0,
+        sigma_min: float | None = None,
     ) -> None:
         student = as_denoiser(denoiser)
         if label_dropout > 0 and student.null_label is None and student.codec is None:
             raise ValueError(
                 f"label_dropout={label_dropout} needs a class-conditional network with a null "
                 "class: set the network's num_classes, or label_dropout to 0."
+            )
+        if sigma_min is not None and not student.sigma_min <= sigma_min < student.sigma_max:
+            raise ValueError(
+                f"sigma_min={sigma_min} is outside the denoiser's levels, {student.sigma_min:g} to "
+                f"{student.sigma_max:g}."
             )
         super().__init__(
             student,
@@ -81,7 +92,7 @@ class DiffusionTeacher(DistillationModule):
         )
         self.save_hyperparameters(logger=False)
         self.sigma_distribution = sigma_distribution or student.schedule
-        self.label_dropout, self.guidance = label_dropout, guidance
+        self.label_dropout, self.guidance, self.sigma_min = label_dropout, guidance, sigma_min
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Denoising score matching on a batch of data."""
@@ -104,20 +115,27 @@ class DiffusionTeacher(DistillationModule):
         generator: Generators = None,
     ) -> Tensor:
         """Make samples with the averaged weights, see :meth:`DistillationModule.generate`."""
-        if self.guidance == 1:
-            return super().generate(noise, condition, steps, generator)
-        return sample(
-            GuidedDenoiser(self.network, self.guidance),
-            noise,
-            steps=self.steps if steps is None else steps,
-            solver=self.solver,
-            condition=condition,
-            generator=generator,
-        )
+        model: Denoiser = self.network
+        if self.guidance != 1:
+            model = GuidedDenoiser(self.network, self.guidance)
+        steps = self.steps if steps is None else steps
+        if self.sigma_min is None:
+            return sample(
+                model,
+                noise,
+                steps=steps,
+                solver=self.solver,
+                condition=condition,
+                generator=generator,
+            )
+        assert self.solver is not None
+        grid = karras_sigmas(steps, self.sigma_min, model.sigma_max)
+        return solve(model, model.start(noise), grid, solver=self.solver, condition=condition)
 
     def sampling_record(self) -> dict[str, Any]:
         """How ``generate`` samples."""
-        return {**super().sampling_record(), "guidance": self.guidance}
+        own = {} if self.sigma_min is None else {"sigma_min": self.sigma_min}
+        return {**super().sampling_record(), **own, "guidance": self.guidance}
 
 
 def either(which: Tensor, one: Condition, other: Condition) -> Condition:

@@ -15,8 +15,11 @@ from lit_distill.diffusion import (
     EpsilonDenoiser,
     FewSteps,
     FlowDenoiser,
+    GuidedDenoiser,
     VelocityDenoiser,
+    karras_sigmas,
     sample,
+    solve,
 )
 from lit_distill.methods import DMD, DMD2, AdversarialDistillation, DiffusionTeacher
 
@@ -214,6 +217,22 @@ def test_regression_needs_pairs(tmp_path):
 def test_label_dropout_needs_a_null_class():
     with pytest.raises(ValueError, match=r"label_dropout=0.1 needs .*num_classes"):
         DiffusionTeacher(denoiser(num_classes=None), label_dropout=0.1)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_teachers_samples_may_end_their_grid_elsewhere(guidance, tmp_path):
+    made, seen = teacher_module(steps=4, sigma_min=0.05, guidance=guidance), []
+    made.network.register_forward_hook(lambda _, args, x: seen.append(float(args[1][0])))
+    noise, label = torch.randn(2, 1, 8, 8), torch.arange(2)
+    x = made.generate(noise, label)
+    levels = karras_sigmas(4, 0.05, 80.0)
+    assert sorted(set(seen), reverse=True) == pytest.approx(levels[:-1].tolist())
+    model = GuidedDenoiser(made.network, guidance)
+    torch.testing.assert_close(x, solve(model, model.start(noise), levels, condition=label))
+    made.trainer = trainer(tmp_path)
+    assert made.sampling_record()["sigma_min"] == 0.05
+    with pytest.raises(ValueError, match=r"sigma_min=90.0 is outside .* 0.002 to 80"):
+        teacher_module(sigma_min=90.0)
 
 
 def test_guidance_needs_a_null_class(tmp_path):
