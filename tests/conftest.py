@@ -1,8 +1,13 @@
 """What all tests share: a command line as users call it, on a machine with few cores."""
 
+import os  # isort: skip
+
+# Before MKL is loaded: on CPUs of other makers its products depend on where a matrix lies in memory
+# otherwise, and nothing is equal to the bit.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+
 import lit_distill  # isort: skip  (before all else: it lets torchvision be imported)
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -104,7 +104,7 @@ CTM = {"num_nodes": 6, "max_teacher_steps": 2, "steps": [1, 2]}
 ALTERNATING = "ddp_find_unused_parameters_true"
 # Large enough weights that a few steps of them move a tiny network.
 JUDGED = {"adversarial_weight": 1.0, "discriminator_weight": 1.0}
-DMD2_MORE = {**JUDGED, "features": "teacher", "adversarial_loss": "hinge", "r1_weight": 1.0}
+DMD2_MORE = {**JUDGED, "features": "teacher", "divergence": "jensen_shannon", "r1_weight": 1.0}
 ADD = {"distillation_weight": 1.0, "steps": 2, "adversarial_loss": "softplus"}
 NETWORK_YAML = {"network": {"class_path": "lit_distill.models.UNet", "init_args": NETWORK}}
 FLOW_YAML = {"class_path": "lit_distill.diffusion.FlowDenoiser", "init_args": NETWORK_YAML}
@@ -266,7 +266,7 @@ METHODS = {
     ),
     "dmd2_2_steps": _row(
         DMD2,
-        {**DMD2_MORE, "steps": 2, "update_ratio": 2, "divergence": "jensen_shannon"},
+        {**DMD2_MORE, "steps": 2, "update_ratio": 2},
         strategy=ALTERNATING,
         follows=("discriminator",),
     ),
