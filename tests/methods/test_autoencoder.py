@@ -1,8 +1,11 @@
 """The VAE of the small text-to-image model."""
 
+import functools
+
 import pytest
 import torch
 from tiny import adam, trainer
+from torch import nn
 
 from lit_distill.datamodules import DigitsDataModule
 from lit_distill.methods import Autoencoder
@@ -23,6 +26,24 @@ def test_latents_have_unit_variance_and_the_folder_holds_the_trained_vae(tmp_pat
     assert codec.vae_hash() == module.codec.vae_hash()
     images = DigitsDataModule(scale=2).images("train")[0][:500].float() / 127.5 - 1
     assert float(codec.encode(images).std()) == pytest.approx(1, rel=0.05)
+
+
+def test_options_for_speed_reach_the_vae(tmp_path, monkeypatch):
+    """By dynamo and autograd alone, whose passes leave the numbers as they were."""
+    backend = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", backend)
+    losses = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        module = Autoencoder(["zero"], pipeline=SMALL, compile=fast, channels_last=fast)
+        run = trainer(tmp_path, max_steps=1)
+        run.fit(module, DigitsDataModule(scale=2, batch_size=8))
+        for half in (module.vae.encoder, module.vae.decoder):
+            assert (half._compiled_call_impl is not None) == fast
+            weight = half.conv_out.weight
+            assert weight.is_contiguous(memory_format=torch.channels_last) == fast
+        losses.append({k: float(v) for k, v in run.callback_metrics.items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0]
 
 
 def test_images_of_another_size_are_refused(tmp_path):
