@@ -67,6 +67,9 @@ class DistillationModule(LightningModule):
         lr_scheduler: Makes its learning-rate schedule, stepped once a student update.
         ema_decay: Decay of the average of the student's weights that is sampled and exported.
             It warms up as ``(1 + n) / (10 + n)`` after ``n`` updates.
+        ema_warmup: Whether it warms up. Without, the average starts as the given student and
+            leaves it slowly: after ``n`` updates that student is still ``ema_decay ** n`` of it,
+            which holds on to what an already trained student is good at.
         steps: Steps of a sampling run where none are asked for.
         solver: Solver of a sampling run, see :func:`lit_distill.diffusion.sample`; by default a
             student's own way.
@@ -94,6 +97,7 @@ class DistillationModule(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         ema_decay: float = 0.999,
+        ema_warmup: bool = True,
         steps: int = 1,
         solver: str | None = None,
         compile: bool = False,
@@ -108,9 +112,10 @@ class DistillationModule(LightningModule):
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False)
-        self.ema = _average_of(student, ema_decay, ema_device)
+        self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
+        self.ema = _average_of(student, ema_decay, ema_warmup, ema_device)
         self.further_averages = nn.ModuleDict(
-            {_key(d): _average_of(student, d, ema_device) for d in further_ema_decays}
+            {_key(d): _average_of(student, d, ema_warmup, ema_device) for d in further_ema_decays}
         )
         self.further_ema_decays = tuple(further_ema_decays)
         if ema_device is not None:  # DDP has no part in them, and refuses weights on two devices
@@ -120,7 +125,7 @@ class DistillationModule(LightningModule):
         self._sampled = 0  # which of the averages
         self._near_average: tuple[AveragedModel, int, Denoiser] | None = None
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.ema_decay, self.steps, self.solver = ema_decay, steps, solver
+        self.steps, self.solver = steps, solver
         self.compile_networks, self.channels_last = compile, channels_last
         self.teacher_evaluations, self.train_seconds = 0, 0.0
         self._losses: list[Tensor] = []
@@ -259,6 +264,12 @@ class DistillationModule(LightningModule):
         """Follow a student update: the average of its weights moves with it, and only then."""
         for average in self.averages:
             average.update_parameters(self.student)
+
+    def restart_averages(self) -> None:
+        """Begin all averages anew, at the student's weights of this moment."""
+        for average in self.averages:
+            average.module.load_state_dict(self.student.state_dict())
+            average.n_averaged.fill_(_first(self.ema_warmup))
 
     # --- Lightning's hooks ----------------------------------------------------------------------
 
@@ -420,18 +431,29 @@ def _key(decay: float) -> str:
     return f"{decay:g}".replace(".", "_")
 
 
-def _average_of(student: Denoiser, decay: float, device: str | None) -> AveragedModel:
+def _average_of(student: Denoiser, decay: float, warmup: bool, device: str | None) -> AveragedModel:
     """A frozen average of a student's weights."""
-    average = partial(_move_average, decay)
+    move = partial(_move_average, decay, warmup)
     if device is None:
-        return AveragedModel(student, multi_avg_fn=average).requires_grad_(False)
-    return _AverageElsewhere(student, device, multi_avg_fn=average).requires_grad_(False)
+        average = AveragedModel(student, multi_avg_fn=move)
+    else:
+        average = _AverageElsewhere(student, device, multi_avg_fn=move)
+    average.n_averaged.fill_(_first(warmup))
+    return average.requires_grad_(False)
 
 
-def _move_average(decay: float, averaged: Any, current: Any, count: Tensor | int) -> None:
+def _first(warmup: bool) -> int:
+    """Where an average begins to count: at 0, the first update replaces what it starts as."""
+    return 0 if warmup else 1
+
+
+def _move_average(
+    decay: float, warmup: bool, averaged: Any, current: Any, count: Tensor | int
+) -> None:
     """Move an average by ``1 - decay`` towards the student."""
-    n = int(count)
-    decay = min(decay, (1 + n) / (10 + n))
+    if warmup:
+        n = int(count)
+        decay = min(decay, (1 + n) / (10 + n))
     torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
 
 

@@ -88,6 +88,7 @@ class DMD(AlternatingDistillationModule):
         fake_clip: Largest gradient norm of the fake score, or None.
         accumulate: Micro-batches of a batch.
         ema_decay: Decay of the average of the student's weights.
+        ema_warmup: Whether it warms up, see :class:`DistillationModule`.
         compile: Compile all networks, but one whose features a discriminator looks at.
         channels_last: Keep weights in the channels-last layout.
         student: What the student starts from, where that is not the teacher: a denoiser of any
@@ -124,6 +125,7 @@ class DMD(AlternatingDistillationModule):
         fake_clip: float | None = 10.0,
         accumulate: int = 1,
         ema_decay: float = 0.999,
+        ema_warmup: bool = True,
         compile: bool = False,
         channels_last: bool = False,
         student: str | Denoiser | None = None,
@@ -150,6 +152,7 @@ class DMD(AlternatingDistillationModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             ema_decay=ema_decay,
+            ema_warmup=ema_warmup,
             compile=compile,
             channels_last=channels_last,
             ema_device=ema_device,

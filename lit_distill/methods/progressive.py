@@ -148,8 +148,7 @@ class ProgressiveDistillation(DistillationModule):
         weights = self.network.state_dict()
         self.previous.load_state_dict(weights)
         self.student.load_state_dict(weights)
-        for average in self.averages:
-            average.n_averaged.zero_()
+        self.restart_averages()
         self.enter(self.stage + 1)
         self.trainer.strategy.setup_optimizers(self.trainer)
 

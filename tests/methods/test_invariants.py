@@ -3,11 +3,12 @@
 import copy
 import csv
 
+import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from tiny import Digits, Disturb, every_method, trainer
+from tiny import METHODS, Digits, Disturb, every_method, trainer
 
 from lit_distill.methods import AlternatingDistillationModule
 
@@ -109,6 +110,26 @@ def test_the_average_follows_the_student_and_nothing_else(row, tmp_path):
     assert updates == expected
     assert not torch.equal(steps.averages[-1], steps.students[-1])
     assert int(module.ema.n_averaged) == expected - max([0, *row.renewed])
+
+
+@pytest.mark.parametrize("name", ["kd", "pd", "dmd"])
+def test_without_warm_up_the_average_starts_as_the_given_student(name, tmp_path):
+    row = METHODS[name]
+    module = row.make(ema_decay=0.7, ema_warmup=False, further_ema_decays=[0.5])
+    steps = Steps()
+    trainer(tmp_path, steps, max_steps=5).fit(module, Digits())
+    start = next(row.make().student.parameters()).detach()
+    ema, further = start.clone(), start.clone()
+    students = [s for s, n in zip(steps.students, steps.names, strict=True) if n == "student"]
+    for update, student in enumerate(students):
+        if update in row.renewed:  # a new stage, from the average of the one before
+            further = ema.clone()
+        ema = 0.7 * ema + 0.3 * student
+        further = 0.5 * further + 0.5 * student
+    for average, expected in zip(module.averages, (ema, further), strict=True):
+        found = next(average.module.parameters()).detach()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(ema, start)
 
 
 @every_method
