@@ -304,7 +304,7 @@ def test_every_data_set_has_its_stages() -> None:
     own = {"teacher", "pairs", "dmd"}
     original = {"dmd_original", "pairs_original"}
     small = {"teacher_small", "pairs_small", "dmd_small", "sfd_small", "cd_small"}
-    small |= {"pairs_guided_small", "kd_small", "sfd2_small"}
+    small |= {"pairs_guided_small", "kd_small", "dmd2_small", "sfd2_small"}
     assert found["mnist"] == own | original | small | {"teacher_original"}
     assert found["celeba"] == own | {"dmd_original"}
     assert found["cifar10"] >= original
