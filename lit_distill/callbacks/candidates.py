@@ -59,15 +59,14 @@ class Candidate:
         return f"{self.method}\n{cost.nfe} NFE, {cost.latency_ms:.1f} ms"
 
 
-def teacher_candidates(module: GenerativeModule, solver: str, steps: int) -> list[Candidate]:
-    """The teacher at its best and at one Euler step; nothing for a module without a teacher."""
+def teacher_candidates(module: GenerativeModule, runs: list[tuple[str, int]]) -> list[Candidate]:
+    """The teacher by each solver and number of steps; nothing for a module without a teacher."""
     teacher = module.teacher
     if teacher is None:
         return []
-    runs = dict.fromkeys([(solver, steps), ("euler", 1)])  # once, where these are the same
     return [
         Candidate("teacher", name, count, teacher_sampler(teacher, name, count), teacher, teacher)
-        for name, count in runs
+        for name, count in dict.fromkeys(runs)  # once, where some are the same
     ]
 
 

@@ -24,7 +24,7 @@ from lit_distill.callbacks.sampling import (
     generative,
     module_sampler,
 )
-from lit_distill.diffusion import Denoiser
+from lit_distill.diffusion import Denoiser, check_solver
 from lit_distill.metrics.cost import Cost
 from lit_distill.metrics.evaluation import ImageSet, Measures, check_resamples, measure
 from lit_distill.metrics.extractors import Extractor
@@ -41,12 +41,13 @@ class Evaluation(Callback):
     be chosen by. The samples always have the same seeds.
 
     **In testing** it writes ``metrics.json`` and ``comparison.png`` into the trainer's
-    ``default_root_dir`` and prints a table. There is a row for the teacher at its best and at one
-    Euler step, for the student at each of ``steps``, and for real training and held-out images, the
-    yardstick. Student and teacher start from the same noise (image ``i``: seed ``seed + i``, label
-    ``i % num_classes``); the teacher's samples that distances are measured to come from other
-    noise (``seed + num_samples + i``), or a student that copies its teacher would fall below the
-    floor. A module whose ``teacher`` is None is evaluated alone, by its own solver.
+    ``default_root_dir`` and prints a table. There is a row for the teacher at its best, at each of
+    ``teacher_few_steps`` and at one Euler step, for the student at each of ``steps``, and for real
+    training and held-out images, the yardstick. Student and teacher start from the same noise
+    (image ``i``: seed ``seed + i``, label ``i % num_classes``); the teacher's samples that
+    distances are measured to come from other noise (``seed + num_samples + i``), or a student that
+    copies its teacher would fall below the floor. A module whose ``teacher`` is None is evaluated
+    alone, by its own solver.
 
     Published FIDs are those of 50,000 samples to the training images: compare ``fid_train`` at
     ``num_samples=50000`` with them, where the training split is (nearly) all of these images.
@@ -59,6 +60,9 @@ class Evaluation(Callback):
         seed: Seed of the first test image; beyond the seeds of any training pairs.
         teacher_steps: Steps of the teacher at its best.
         teacher_solver: Its solver.
+        teacher_few_steps: Smaller numbers of steps that a test has rows of the teacher for, too:
+            what a user could do without any distillation.
+        teacher_few_solver: Its solver at these.
         validation_samples: Images of a validation; 0 = none.
         validation_seed: Seed of its first image.
         floor: Measure the teacher against itself, which takes a second set of its samples. Without
@@ -73,7 +77,7 @@ class Evaluation(Callback):
         rows: The rows of the latest test.
 
     Raises:
-        ValueError: If a number is too small.
+        ValueError: If a number is too small, or a solver unknown.
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class Evaluation(Callback):
         seed: int = 10_000_000,
         teacher_steps: int = 18,
         teacher_solver: str = "heun",
+        teacher_few_steps: tuple[int, ...] = (),
+        teacher_few_solver: str = "dpmpp_2m",
         validation_samples: int = 1_000,
         validation_seed: int = 20_000_000,
         floor: bool = True,
@@ -92,10 +98,12 @@ class Evaluation(Callback):
         throughput_batch_sizes: tuple[int, ...] = (),
         resamples: int = 50,
     ) -> None:
-        if not steps or min(*steps, teacher_steps, batch_size, *throughput_batch_sizes) < 1:
+        counts = (*steps, teacher_steps, *teacher_few_steps, batch_size, *throughput_batch_sizes)
+        if not steps or min(counts) < 1:
             raise ValueError(
                 "Evaluation takes at least one number of steps, and steps, teacher_steps and batch "
                 f"sizes of at least 1, not steps={tuple(steps)}, teacher_steps={teacher_steps}, "
+                f"teacher_few_steps={tuple(teacher_few_steps)}, "
                 f"batch_size={batch_size}, throughput_batch_sizes={tuple(throughput_batch_sizes)}."
             )
         if num_samples < 2 or validation_samples < 0:
@@ -103,12 +111,16 @@ class Evaluation(Callback):
                 f"Evaluation cannot work with num_samples={num_samples} and validation_samples="
                 f"{validation_samples}: take at least 2, and at least 0 (0 = no validation)."
             )
+        for solver in (teacher_solver, teacher_few_solver):
+            check_solver(solver)
         check_resamples(resamples)
         self.resamples = resamples
         self.extractor = extractor  # not on the module, or every checkpoint would hold it
         self.num_samples, self.steps, self.seed = num_samples, tuple(steps), seed
         self.batch_sizes = (batch_size, *throughput_batch_sizes)
         self.teacher_steps, self.teacher_solver = teacher_steps, teacher_solver
+        few = [(teacher_few_solver, count) for count in teacher_few_steps]
+        self.teacher_runs = [(teacher_solver, teacher_steps), *few, ("euler", 1)]
         self.validation_samples, self.validation_seed = validation_samples, validation_seed
         self.floor, self.cache_dir = floor, None if cache_dir is None else Path(cache_dir)
         self.names = metric_names(extractor.name)
@@ -180,7 +192,7 @@ class Evaluation(Callback):
             "train_seconds": module.train_seconds,
         }
         candidates = [
-            *teacher_candidates(module, self.teacher_solver, self.teacher_steps),
+            *teacher_candidates(module, self.teacher_runs),
             *module_candidates(module, pl_module, self.steps),
         ]
         costs = [cost_of(candidate, references, self.batch_sizes) for candidate in candidates]

@@ -84,6 +84,20 @@ def test_evaluations_are_counted(tested):
     assert [row["nfe"] for row in rows[:4]] == [7, 1, 1, 2]
 
 
+def test_the_teacher_has_rows_at_few_steps_too(tmp_path):
+    rows = run_test(
+        tmp_path, Toy(ToyDenoiser()), teacher_few_steps=(2, 3), teacher_few_solver="dpmpp_2m"
+    )
+    taught = [(row["solver"], row["steps"]) for row in rows if row["method"] == "teacher"]
+    assert taught == [("heun", 4), ("dpmpp_2m", 2), ("dpmpp_2m", 3), ("euler", 1)]
+    images, labels = teacher_images(200, 10_000_000, "dpmpp_2m", 3)
+    made = describe(ToyExtractor(), images, labels)
+    reference = describe(ToyExtractor(), *teacher_images(200, 10_000_200))
+    distance = frechet_distance(reference.features, made.features)
+    assert rows[2]["fd_teacher_toy"] == pytest.approx(distance, rel=1e-6)
+    assert rows[2]["nfe"] == 3
+
+
 def test_guidance_counts_two_evaluations(tmp_path):
     teacher = ToyDenoiser()
     teacher.null_label = 0
@@ -417,6 +431,8 @@ def test_a_data_module_is_asked_for(tmp_path):
         ({"throughput_batch_sizes": (0,)}, r"throughput_batch_sizes=\(0,\)"),
         ({"num_samples": 1}, "num_samples=1"),
         ({"validation_samples": -1}, "validation_samples=-1"),
+        ({"teacher_few_steps": (8, 0)}, r"teacher_few_steps=\(8, 0\)"),
+        ({"teacher_few_solver": "dpm"}, "solver=.dpm. is unknown"),
     ],
 )
 def test_bad_settings_are_refused(options, words):
