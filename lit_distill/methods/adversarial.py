@@ -108,9 +108,7 @@ class AdversarialDistillation(AlternatingDistillationModule):
         if steps < 1:
             raise ValueError(f"steps={steps}: a student takes at least 1 step.")
         frozen = as_denoiser(teacher)
-        generator = student_of(frozen, student)
-        if generator_sigma is not None:
-            generator.start_from(generator_sigma)
+        generator = student_of(frozen, student, generator_sigma)
         one_step = steps == 1 and levels is None
         generator.few_steps = (
             FewSteps((1,)) if one_step else several_steps(generator, steps, levels)

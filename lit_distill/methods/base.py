@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -496,21 +497,34 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def copy_of(denoiser: Denoiser) -> Denoiser:
-    """A trainable copy of a frozen model."""
+def copy_of(denoiser: Denoiser, generator_sigma: float | None = None) -> Denoiser:
+    """A trainable copy of a frozen model, which may start to sample from another level."""
     new = copy.deepcopy(denoiser).requires_grad_(True)
     new.original = None
+    if generator_sigma is not None:
+        if denoiser.few_steps is not None and generator_sigma != denoiser.sigma_max:
+            rank_zero_warn(
+                f"generator_sigma={generator_sigma}: the model that the student starts as was "
+                f"distilled to make its samples from sigma={denoiser.sigma_max:g}, and at another "
+                "level it knows little. Set generator_sigma to null to go on from what it learned."
+            )
+        new.start_from(generator_sigma)
     return new
 
 
-def student_of(teacher: Denoiser, start: str | Denoiser | None = None) -> Denoiser:
+def student_of(
+    teacher: Denoiser,
+    start: str | Denoiser | None = None,
+    generator_sigma: float | None = None,
+) -> Denoiser:
     """A trainable student that starts as the teacher, or as another model.
 
     Args:
         teacher: The teacher.
         start: A denoiser of any size, or a folder or hub id of one; the teacher if None.
+        generator_sigma: Noise level that it makes its samples from; its largest if None.
     """
-    student = copy_of(teacher if start is None else as_denoiser(start))
+    student = copy_of(teacher if start is None else as_denoiser(start), generator_sigma)
     student.few_steps = None  # the method will say how it is sampled
     return student
 

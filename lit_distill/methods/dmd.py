@@ -138,12 +138,10 @@ class DMD(AlternatingDistillationModule):
     ) -> None:
         _check(update_ratio, noise_range)
         frozen = as_denoiser(teacher)
-        generator, fake = _trainable(frozen, student, fake_score, lora)
+        generator, fake = _trainable(frozen, student, fake_score, lora, generator_sigma)
         if gradient_checkpointing:
             _checkpoint_gradients(generator, fake, shared=lora is not None)
         round_weights(frozen, teacher_precision)
-        if generator_sigma is not None:
-            generator.start_from(generator_sigma)
         generator.few_steps = FewSteps(trained=(1,))
         super().__init__(
             generator,
@@ -314,19 +312,22 @@ def _trainable(
     student: str | Denoiser | None,
     fake_score: str | Denoiser | None,
     lora: LoRA | None,
+    generator_sigma: float | None,
 ) -> tuple[Denoiser, Denoiser]:
     """Student and fake score: two networks, or two adapters on the teacher's."""
     if lora is None:
-        starts = (teacher if s is None else as_denoiser(s) for s in (student, fake_score))
-        generator, fake = (copy_of(start) for start in starts)
-        return generator, fake
+        first, second = (teacher if s is None else as_denoiser(s) for s in (student, fake_score))
+        return copy_of(first, generator_sigma), copy_of(second)
     if student is not None or fake_score is not None:
         raise ValueError(
             "With lora the student and the fake score share the teacher's network: leave the "
             "options student and fake_score out."
         )
     shared = network_of(teacher)
-    return adapted(shared, lora), adapted(shared, lora)
+    generator, fake = adapted(shared, lora), adapted(shared, lora)
+    if generator_sigma is not None:
+        generator.start_from(generator_sigma)
+    return generator, fake
 
 
 def _checkpoint_gradients(*denoisers: Denoiser, shared: bool) -> None:

@@ -57,9 +57,7 @@ class KnowledgeDistillation(DistillationModule):
         frozen = as_denoiser(teacher)
         if online:
             frozen.grid(teacher_steps)  # what it refuses, it refuses now
-        generator = student_of(frozen, student)
-        if generator_sigma is not None:
-            generator.start_from(generator_sigma)
+        generator = student_of(frozen, student, generator_sigma)
         generator.few_steps = FewSteps(trained=(1,))
         super().__init__(generator, frozen, **base)
         self.save_hyperparameters(logger=False)

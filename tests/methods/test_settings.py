@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import Digits, denoiser, dmd_module, every_method, teacher_module, trainer
+from tiny import module as new
 from torch import nn
 
 from lit_distill.callbacks import SampleGrid
@@ -21,7 +22,14 @@ from lit_distill.diffusion import (
     sample,
     solve,
 )
-from lit_distill.methods import DMD, DMD2, AdversarialDistillation, DiffusionTeacher
+from lit_distill.methods import (
+    DMD,
+    DMD2,
+    AdversarialDistillation,
+    DiffusionTeacher,
+    KnowledgeDistillation,
+    SiD,
+)
 
 
 @every_method
@@ -316,6 +324,20 @@ def test_a_lowered_start_holds_for_the_student_alone(tmp_path):
     assert module.student.sigma_max == module.network.sigma_max == 5.0
     assert module.teacher.sigma_max == module.fake_score.sigma_max == 80.0
     assert module.network.few_steps == FewSteps((1,))
+
+
+def test_a_start_that_a_distilled_student_does_not_know_is_warned_of(recwarn):
+    distilled = denoiser(seed=1)
+    distilled.few_steps = FewSteps((1,))
+    for kind in (SiD, AdversarialDistillation, KnowledgeDistillation):
+        other = {"student": distilled, "generator_sigma": 5.0}
+        with pytest.warns(UserWarning, match=r"make its samples from sigma=80.*generator_sigma"):
+            assert new(kind, **other).student.sigma_max == 5.0
+        recwarn.clear()
+        assert new(kind, **{**other, "generator_sigma": None}).student.sigma_max == 80.0
+        new(kind, **{**other, "generator_sigma": 80.0})
+        new(kind, student=denoiser(seed=1), generator_sigma=5.0)  # a teacher
+        assert not [w for w in recwarn if "generator_sigma" in str(w.message)]
 
 
 def test_a_student_of_another_size(tmp_path):
