@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_distill.datamodules.captions import CaptionedImages
-from lit_distill.datamodules.image_files import ENDINGS
+from lit_distill.datamodules.image_files import ENDINGS, stamp
 
 _CAPTIONS = ("text", "caption")  # names that are looked for
 _AT_ONCE = 16  # images of a parquet shard in memory
@@ -32,8 +32,11 @@ class _Shards(CaptionedImages):
             raise ValueError(f"{self.shards[0]} holds no captions, nor do the shards beside it.")
 
     def identity(self) -> str:
-        """All captions and, for images, names and sizes of the shards."""
-        files = [(path.name, path.stat().st_size) for path in self.shards]
+        """All captions and, for images, name, size and time of the last change of each shard.
+
+        The size alone would not do: a tar file is padded to whole blocks.
+        """
+        files = [(path.name, stamp(path)) for path in self.shards]
         return json.dumps([self.captions, files if self.has_images else []])
 
 

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -103,9 +105,10 @@ def test_shards_hold_what_a_folder_holds(shards, tmp_path):
 
 @pytest.mark.parametrize("shards", [parquet_shards, tar_shards])
 def test_identity_tells_other_data(shards, tmp_path):
-    first, again = shards(tmp_path / "a"), shards(tmp_path / "b")
-    assert first.identity() == again.identity()
-    path = again.shards[1]
+    first = shards(tmp_path / "a")
+    copied = type(first)(str(shutil.copytree(tmp_path / "a", tmp_path / "b")))  # times and all
+    assert first.identity() == copied.identity()
+    path = copied.shards[1]
     if path.suffix == ".tar":
         path.rename(path.with_name("00002.tar"))
         other = CaptionedWebDataset(str(tmp_path / "b"))
@@ -113,6 +116,14 @@ def test_identity_tells_other_data(shards, tmp_path):
         write_parquet(path, IMAGES[:3], TEXTS[4:])  # the same captions
         other = CaptionedParquet(str(tmp_path / "b"))
     assert other.captions == first.captions and other.identity() != first.identity()
+
+
+@pytest.mark.parametrize("shards", [parquet_shards, tar_shards])
+def test_identity_tells_a_shard_that_was_replaced_by_one_of_its_size(shards, tmp_path):
+    source = shards(tmp_path / "a")
+    before, shard = source.identity(), source.shards[1]
+    os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+    assert source.identity() != before
 
 
 @pytest.mark.parametrize("shards", [parquet_shards, tar_shards])
