@@ -10,6 +10,7 @@ from lit_distill.diffusion.contract import (
     NetworkDenoiser,
     labels_of,
     like,
+    of_rows,
     told,
 )
 from lit_distill.diffusion.denoisers import (
@@ -86,6 +87,7 @@ __all__ = [
     "labels_of",
     "like",
     "linear_betas",
+    "of_rows",
     "on_path",
     "placed",
     "refined",

@@ -66,13 +66,21 @@ def told(denoiser: "Denoiser", condition: Condition, **values: Tensor) -> Condit
     Args:
         denoiser: The model that will be asked.
         condition: Labels or named tensors.
-        values: ``to_sigma`` (the level a jump goes to), ``steps`` (of the run), ``guidance``.
+        values: ``to_sigma`` (the level a jump goes to), ``steps`` (of the run), ``step`` (the
+            one that a sample is of, from 0), ``guidance``.
     """
     wanted = {name: value for name, value in values.items() if name in denoiser.inputs}
     if not wanted:
         return condition
     known = condition if isinstance(condition, dict) else {"label": condition}
     return {**{k: v for k, v in known.items() if v is not None}, **wanted}
+
+
+def of_rows(condition: Condition, rows: Tensor) -> Condition:
+    """The condition of some samples of a batch, by their indices ``(N,)``, which may repeat."""
+    if isinstance(condition, dict):
+        return {name: value[rows] for name, value in condition.items()}
+    return None if condition is None else condition[rows]
 
 
 @dataclass(frozen=True)

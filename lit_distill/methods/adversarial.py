@@ -35,7 +35,13 @@ from lit_distill.methods.base import (
     student_of,
 )
 from lit_distill.methods.dmd import Generated
-from lit_distill.methods.dmd2 import judged, sample_of_step, several_steps
+from lit_distill.methods.dmd2 import (
+    judged,
+    noised_next,
+    samples_of_steps,
+    several_steps,
+    steps_in_turn,
+)
 from lit_distill.models import Discriminator
 
 
@@ -169,15 +175,15 @@ class AdversarialDistillation(AlternatingDistillationModule):
         return loss + self.distillation_weight * distillation
 
     def generated(self, batch: Batch) -> Generated:
-        """The student's samples of one of its steps, from fresh noise, judged as DMD2's are."""
+        """The student's samples of its steps, from fresh noise, judged as DMD2's are."""
         data, condition = batch["image"], condition_of(batch)
         noise = torch.randn_like(data)
         if self.steps == 1:
             x = sample(self.student, noise, steps=1, condition=condition)
             return Generated(x, condition, data)
-        stop = self.drawn_for_all(self.steps)
-        x = sample_of_step(self.student, noise, stop, self.steps, condition)
-        return Generated(x, condition, data, float(self.student.grid(self.steps)[stop + 1]))
+        step = steps_in_turn(len(data), self.steps)
+        x = samples_of_steps(self.student, noise, step, self.steps, condition)
+        return Generated(x, condition, data, noised_next(self.student, step, self.steps).to(x))
 
     def features(
         self, x: Tensor, noisy: Tensor, sigma: Tensor, condition: Condition
@@ -199,8 +205,8 @@ class AdversarialDistillation(AlternatingDistillationModule):
         """Noise levels to judge at, within those that the teacher knows."""
         assert self.teacher is not None
         sigma = self.sigma_distribution(torch.rand(len(samples.image), device=self.device))
-        lowest = max(self.teacher.sigma_min, samples.sigma_min)
-        return sigma.clamp(lowest, self.teacher.sigma_max)
+        known = sigma.clamp(self.teacher.sigma_min, self.teacher.sigma_max)
+        return known.clamp(min=samples.sigma_min)
 
     @torch.no_grad()
     def preview(self, noise: Tensor, condition: Condition = None) -> dict[str, Tensor]:

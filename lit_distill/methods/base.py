@@ -231,9 +231,9 @@ class DistillationModule(LightningModule):
         """
         return None
 
-    def drawn_for_all(self, count: int, draw: int = 0) -> int:
-        """Draw a number below ``count``, the ``draw``-th of this step, alike in all processes."""
-        return int(self._seeds(0).integers(count, size=draw + 1)[draw])
+    def drawn_for_all(self, count: int) -> int:
+        """Draw a number below ``count`` for this step, alike in all processes."""
+        return int(self._seeds(0).integers(count))
 
     def trained_modules(self) -> list["Trained"]:
         """What is trained, the student first."""

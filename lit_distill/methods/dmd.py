@@ -7,7 +7,14 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lit_distill.diffusion import Condition, Denoiser, FewSteps, GuidedDenoiser, sample
+from lit_distill.diffusion import (
+    Condition,
+    Denoiser,
+    FewSteps,
+    GuidedDenoiser,
+    of_rows,
+    sample,
+)
 from lit_distill.losses import (
     Distance,
     as_distance,
@@ -32,13 +39,13 @@ from lit_distill.models import LoRA, adapted
 class Generated(NamedTuple):
     """Samples of the student, what they are conditional on, and the data beside them.
 
-    They are judged at noise levels from ``sigma_min`` on.
+    They are judged at noise levels from ``sigma_min`` on, a number or one ``(B,)`` for each.
     """
 
     image: Tensor
     condition: Condition
     data: Tensor
-    sigma_min: float = 0.0
+    sigma_min: float | Tensor = 0.0
 
     def detached(self) -> "Generated":
         """Without a graph."""
@@ -173,7 +180,7 @@ class DMD(AlternatingDistillationModule):
         self.update("student", lambda part: self.student_loss(part, samples), parts)
         for i in range(self.update_ratio):
             if i > 0:
-                samples = [self.fresh_samples(part, i) for part in parts]
+                samples = [self.fresh_samples(part) for part in parts]
             self.update("fake_score", self.fake_loss, samples)
         self.step_schedules()
 
@@ -189,7 +196,8 @@ class DMD(AlternatingDistillationModule):
         else:
             condition, data = condition_of(batch), batch["image"]
             both = torch.cat([torch.randn_like(data), _noise_of(batch)])
-            x, x_paired = self.one_step(both, _twice(condition)).split(len(data))
+            twice = of_rows(condition, torch.arange(len(data), device=data.device).repeat(2))
+            x, x_paired = self.one_step(both, twice).split(len(data))
             made = Generated(x, condition, data)
         samples.append(made.detached())
         loss = self.sample_loss(made)
@@ -228,11 +236,11 @@ class DMD(AlternatingDistillationModule):
         return loss
 
     @torch.no_grad()
-    def fresh_samples(self, batch: Batch, draw: int) -> Generated:
-        """Samples without a graph, the ``draw``-th of this batch."""
-        return self.generated(batch, draw)
+    def fresh_samples(self, batch: Batch) -> Generated:
+        """Samples without a graph."""
+        return self.generated(batch)
 
-    def generated(self, batch: Batch, draw: int = 0) -> Generated:
+    def generated(self, batch: Batch) -> Generated:
         """The student's samples from fresh noise."""
         data, condition = batch["image"], condition_of(batch)
         x = self.one_step(torch.randn_like(data), condition)
@@ -357,12 +365,3 @@ def _noise_of(batch: Batch) -> Tensor:
             "configs/digits/pairs.yaml), or set regression_weight to 0."
         )
     return batch["noise"]
-
-
-def _twice(condition: Condition) -> Condition:
-    """The condition of two batches in one."""
-    if condition is None:
-        return None
-    if isinstance(condition, dict):
-        return {key: torch.cat([value, value]) for key, value in condition.items()}
-    return torch.cat([condition, condition])

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_distill.diffusion import Condition, Denoiser, FewSteps, like
+from lit_distill.diffusion import Condition, Denoiser, FewSteps, like, of_rows, told
 from lit_distill.losses import (
     AdversarialLoss,
     check_adversarial_loss,
@@ -19,9 +19,9 @@ from lit_distill.losses import (
     surrogate_loss,
 )
 from lit_distill.methods.alternating import untrained
-from lit_distill.methods.base import Batch, Trained, condition_of, noised
+from lit_distill.methods.base import Batch, Trained, condition_of, network_of, noised
 from lit_distill.methods.dmd import DMD, Generated
-from lit_distill.models import Discriminator
+from lit_distill.models import Discriminator, add_inputs
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
 Inputs = Literal["backward_simulation", "noised_data"]
@@ -50,8 +50,10 @@ class DMD2(DMD):
     ratio 5, adversarial weights 3e-3 (student) and 1e-2 (discriminator), bf16.
 
     Deviations: all updates of a batch look at its real images, with fresh noise; the heads are
-    small perceptrons on each place of the feature maps; what a step but the last makes is judged
-    at the level that it will be noised to, and above it.
+    small perceptrons on each place of the feature maps; a batch has samples of all steps, where one
+    fake score would let the errors of one step make up for another's: it is told the step
+    (``fake_score_knows_step``), or what a step but the last makes is judged at the level that it
+    will be noised to, and above it.
 
     Data: any, as real images; :class:`~lit_distill.datamodules.PairsDataModule` if
     ``regression_weight`` is not 0. Under DDP use ``strategy: ddp_find_unused_parameters_true``.
@@ -63,6 +65,9 @@ class DMD2(DMD):
             uniform in the teacher's own time.
         inputs: What a step beyond the first is trained on: ``backward_simulation``, or
             ``noised_data``.
+        fake_score_knows_step: Tell the fake score of which step a sample is, and judge the samples
+            of all steps at all levels. It takes a network with a place for a further input
+            (:class:`~lit_distill.models.UNet`), and no ``lora``.
         adversarial_weight: Weight of the student's adversarial loss; 0 with
             ``discriminator_weight`` 0 = no discriminator.
         discriminator_weight: Weight of the discriminator's loss beside the fake score's.
@@ -88,6 +93,7 @@ class DMD2(DMD):
         steps: int = 1,
         levels: Sequence[float] | None = None,
         inputs: Inputs = "backward_simulation",
+        fake_score_knows_step: bool = False,
         adversarial_weight: float = 3e-3,
         discriminator_weight: float = 1e-2,
         adversarial_loss: AdversarialLoss = "softplus",
@@ -110,6 +116,10 @@ class DMD2(DMD):
                 f"steps={steps}: the regression of pairs (regression_weight={regression_weight}) "
                 "is that of one step."
             )
+        if fake_score_knows_step:
+            _check_that_steps_can_be_told(steps, dmd.get("lora"))
+            add_inputs(network_of(self.fake_score), ("step",))
+        self.fake_score_knows_step = fake_score_knows_step
         judged = adversarial_weight > 0 or discriminator_weight > 0
         if judged and discriminator_weight == 0:
             raise ValueError(
@@ -157,19 +167,32 @@ class DMD2(DMD):
         """Without a discriminator and noised data."""
         return self.discriminator is None and self.inputs != "noised_data"
 
-    def generated(self, batch: Batch, draw: int = 0) -> Generated:
-        """The student's samples of one of its steps, which only the last one has a graph of.
+    def generated(self, batch: Batch) -> Generated:
+        """The student's samples of all its steps in equal shares, with a graph of that step only.
 
-        What a step but the last makes is noised again, and is judged from that level on: below, a
-        fake score of all steps' samples would let the errors of one step make up for another's.
+        What a step but the last makes is noised again. Where the fake score does not know the step,
+        it is judged from that level on: below, a fake score of all steps' samples would let the
+        errors of one step make up for another's.
         """
         if self.steps == 1:
-            return super().generated(batch, draw)
+            return super().generated(batch)
         data, condition = batch["image"], condition_of(batch)
-        stop, noise = self.drawn_for_all(self.steps, draw), torch.randn_like(data)
+        step, noise = steps_in_turn(len(data), self.steps), torch.randn_like(data)
         given = data if self.inputs == "noised_data" else None
-        x = sample_of_step(self.student, noise, stop, self.steps, condition, given)
-        return Generated(x, condition, data, float(self.student.grid(self.steps)[stop + 1]))
+        x = samples_of_steps(self.student, noise, step, self.steps, condition, given)
+        if self.fake_score_knows_step:
+            return Generated(x, self.with_step(condition, step), data)
+        return Generated(x, condition, data, noised_next(self.student, step, self.steps).to(x))
+
+    def with_step(self, condition: Condition, step: Tensor) -> Condition:
+        """A condition for the fake score, if it knows the steps ``(B,)`` that samples are of."""
+        return told(self.fake_score, condition, step=step.to(self.device))
+
+    @torch.no_grad()
+    def preview(self, noise: Tensor, condition: Condition = None) -> dict[str, Tensor]:
+        """As of DMD; the samples are those of the last step."""
+        last = torch.full((len(noise),), self.steps - 1)
+        return super().preview(noise, self.with_step(condition, last))
 
     def sample_loss(self, samples: Generated) -> Tensor:
         """Distribution matching, and passing for real."""
@@ -292,35 +315,52 @@ def several_steps(
     return FewSteps((steps,), [[denoiser.sigma_max, *levels, 0.0]], gamma=1.0)
 
 
-def sample_of_step(
+def steps_in_turn(count: int, steps: int) -> Tensor:
+    """A step for each sample of a batch, ``(count,)`` indices, from a random one on in turn."""
+    return (torch.arange(count) + torch.randint(steps, ())) % steps
+
+
+def noised_next(student: Denoiser, step: Tensor, steps: int) -> Tensor:
+    """The levels ``(B,)`` that samples of steps ``(B,)`` of ``steps`` are noised to; 0: none."""
+    return student.grid(steps)[step + 1]
+
+
+def samples_of_steps(
     student: Denoiser,
     noise: Tensor,
-    stop: int,
+    step: Tensor,
     steps: int,
     condition: Condition,
     data: Tensor | None = None,
 ) -> Tensor:
-    """Samples of a student's step, with a graph of that step only.
+    """Samples of a student's steps, with a graph of that step only.
 
     Args:
         student: A student of several steps with fresh noise between them.
         noise: ``(B, *shape)``, unit noise to start from.
-        stop: Index of the step, from 0.
+        step: ``(B,)``, the step of each sample, from 0; on the CPU, where it costs no wait.
         steps: Their number.
         condition: Passed to the student.
-        data: ``(B, *shape)``, samples that the step starts from once noised; by default the
+        data: ``(B, *shape)``, samples that the later steps start from once noised; by default the
             student's own, of the steps before.
+
+    Returns:
+        ``(B, *shape)``.
     """
-    levels = student.grid(steps).tolist()
-    x = student.start(noise)
-    if stop > 0 and data is not None:
-        x = data + levels[stop] * noise
-    elif stop > 0:
-        with torch.no_grad():
-            for level, after in pairwise(levels[: stop + 1]):
-                x0 = student(x, torch.full((len(x),), level, device=x.device), condition)
-                x = x0 + after * torch.randn_like(x0)
-    return student(x, torch.full((len(x),), levels[stop], device=x.device), condition)
+    levels = student.grid(steps).to(noise.dtype)
+    x = student.start(noise).clone()
+    for i in range(steps - 1):
+        later = (step > i).nonzero().flatten().to(x.device)
+        if not len(later):
+            break
+        if data is None:
+            with torch.no_grad():
+                level = torch.full((len(later),), float(levels[i]), device=x.device)
+                x0 = student(x[later], level, of_rows(condition, later))
+            x[later] = x0 + float(levels[i + 1]) * torch.randn_like(x0)
+        else:
+            x[later] = data[later] + float(levels[i + 1]) * noise[later]
+    return student(x, levels[step].to(x.device), condition)
 
 
 def _check(steps: int, inputs: Inputs, features: str, divergence: Divergence) -> None:
@@ -335,4 +375,14 @@ def _check(steps: int, inputs: Inputs, features: str, divergence: Divergence) ->
     if divergence not in _DENSITY_WEIGHTS:
         raise ValueError(
             f"divergence={divergence!r} is unknown; choose {', '.join(_DENSITY_WEIGHTS)}."
+        )
+
+
+def _check_that_steps_can_be_told(steps: int, lora: object) -> None:
+    if steps == 1:
+        raise ValueError("fake_score_knows_step=True with steps=1: there is only one to know of.")
+    if lora is not None:
+        raise ValueError(
+            "fake_score_knows_step=True with lora: the network is the student's too, and cannot be "
+            "given a further input for one of them. Use one of the two."
         )

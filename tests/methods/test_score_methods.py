@@ -32,9 +32,10 @@ from lit_distill.methods import (
     RectifiedFlow,
     Reflow,
     SiD,
+    dmd2,
 )
 from lit_distill.methods.dmd import Generated
-from lit_distill.methods.dmd2 import sample_of_step
+from lit_distill.methods.dmd2 import samples_of_steps, steps_in_turn
 from lit_distill.models import LoRA, load_denoiser
 
 PLAIN = {"adversarial_weight": 0.0, "discriminator_weight": 0.0}
@@ -112,7 +113,7 @@ def test_a_step_of_several_is_trained_on_the_students_own_samples():
     for stop in range(3):
         seen.clear()
         torch.manual_seed(1)
-        x = sample_of_step(student, noise, stop, 3, label)
+        x = samples_of_steps(student, noise, torch.full((4,), stop), 3, label)
         assert len(seen) == stop + 1 and x.requires_grad
         assert [out.requires_grad for _, _, out in seen] == [False] * stop + [True]
         levels = student.grid(3).tolist()
@@ -124,9 +125,38 @@ def test_a_step_of_several_is_trained_on_the_students_own_samples():
     # Or on data, which a single evaluation denoises.
     seen.clear()
     data = torch.randn(4, 1, 8, 8)
-    sample_of_step(student, noise, 2, 3, label, data)
-    ((state, _, _),) = seen
-    torch.testing.assert_close(state, data + levels[2] * noise)
+    samples_of_steps(student, noise, torch.tensor([2, 1, 0, 2]), 3, label, data)
+    ((state, sigma, _),) = seen
+    level = torch.tensor([levels[2], levels[1], levels[0], levels[2]])
+    torch.testing.assert_close(sigma, level)
+    start = data * torch.tensor([1.0, 1, 0, 1])[:, None, None, None]
+    torch.testing.assert_close(state, start + level[:, None, None, None] * noise)
+
+
+def test_samples_of_different_steps_go_their_own_ways(monkeypatch):
+    """Each as far as its step, under its own label, with nothing evaluated in vain."""
+    made = module(DMD2, steps=3, **JUDGED)
+    student, seen = made.student, []
+    student.register_forward_hook(lambda _, args, x: seen.append((*args, x)))
+    monkeypatch.setattr(torch, "randn_like", lambda x: 0 * x)  # what is noised again, unnoised
+    noise, label = torch.randn(4, 1, 8, 8), torch.tensor([3, 1, 4, 5])
+    x = samples_of_steps(student, noise, torch.tensor([0, 2, 1, 2]), 3, label)
+    first, second, last = seen
+    assert [condition.tolist() for _, _, condition, _ in seen] == [[1, 4, 5], [1, 5], [3, 1, 4, 5]]
+    levels = student.grid(3).tolist()
+    assert last[1].tolist() == pytest.approx([levels[i] for i in (0, 2, 1, 2)])
+    start = student.start(noise)
+    torch.testing.assert_close(first[0], start[1:])
+    torch.testing.assert_close(second[0], first[3][[0, 2]])
+    torch.testing.assert_close(last[0][[0, 2]], torch.stack([start[0], first[3][1]]))
+    torch.testing.assert_close(last[0][[1, 3]], second[3])
+    torch.testing.assert_close(x, last[3])
+
+
+def test_steps_take_their_turns():
+    torch.manual_seed(0)
+    assert all(steps_in_turn(8, 4).bincount().tolist() == [2] * 4 for _ in range(5))
+    assert {int(steps_in_turn(1, 3)) for _ in range(50)} == {0, 1, 2}  # in small batches, too
 
 
 @pytest.mark.parametrize("kind", [DMD2, SiD, AdversarialDistillation])
@@ -138,12 +168,39 @@ def test_what_is_noised_again_is_judged_from_that_level_on(kind, tmp_path, monke
         made, "draw_sigma", lambda x: seen.append((x.sigma_min, drawn(x))) or seen[-1][1]
     )
     trainer(tmp_path, max_steps=12).fit(made, Digits())
-    lowest = {low for low, _ in seen}
-    assert lowest == {float(level) for level in made.student.grid(3)[1:]} and 0.0 in lowest
-    for low, sigma in seen:
-        assert float(sigma.min()) >= low
-    last = torch.cat([sigma for low, sigma in seen if low == 0])
-    assert float(last.min()) < min(lowest - {0.0})  # the last step's samples at all levels
+    low, sigma = (torch.cat(column) for column in zip(*seen, strict=True))
+    assert sorted(low.unique().tolist(), reverse=True) == pytest.approx(
+        made.student.grid(3)[1:].tolist()
+    )
+    assert bool((sigma >= low).all())
+    assert float(sigma[low == 0].min()) < float(low[low > 0].min())  # the last step's at all levels
+
+
+@pytest.mark.parametrize("kind", [DMD2, SiD])
+def test_a_fake_score_that_knows_the_step_judges_all_steps_at_all_levels(
+    kind, tmp_path, monkeypatch
+):
+    made, seen = module(kind, steps=3, fake_score_knows_step=True, **JUDGED), []
+    drawn = made.draw_sigma
+    monkeypatch.setattr(made, "draw_sigma", lambda x: seen.append((x, drawn(x))) or seen[-1][1])
+    start = weights(made.fake_score)
+    trainer(tmp_path, ExportPipeline(), max_steps=12).fit(made, Digits())
+    step = torch.cat([x.condition["step"] for x, _ in seen])
+    sigma = torch.cat([sigma for _, sigma in seen])
+    assert set(step.tolist()) == {0, 1, 2}
+    for i in range(3):
+        assert float(sigma[step == i].min()) < float(made.student.grid(3)[2])
+    # It has learned of the step, which neither the teacher nor the student is asked with.
+    assert not equal(start, weights(made.fake_score))
+    x, level, label = torch.randn(4, 1, 8, 8), torch.ones(4), torch.arange(4)
+    told = [made.with_step(label, torch.full((4,), i)) for i in range(2)]
+    assert not torch.equal(*(made.fake_score(x, level, condition) for condition in told))
+    assert torch.equal(*(made.teacher(x, level, condition) for condition in told))
+    seen = []
+    made.fake_score.register_forward_hook(lambda _, args, x: seen.append(args[2]["step"]))
+    made.preview(x, label)
+    assert [step.tolist() for step in seen] == [[2] * 4]
+    assert "step" not in load_denoiser(tmp_path / "pipeline").inputs
 
 
 @pytest.mark.parametrize("kind", [DMD2, SiD, AdversarialDistillation])
@@ -159,15 +216,14 @@ def test_levels_of_the_steps_can_be_chosen(kind, tmp_path):
 
 
 def test_all_updates_of_a_batch_draw_steps_of_their_own(tmp_path, monkeypatch):
-    made, stops = module(DMD2, steps=4, update_ratio=4, **JUDGED), []
-    drawn = made.drawn_for_all
+    made, drawn = module(DMD2, steps=4, update_ratio=4, **JUDGED), []
     monkeypatch.setattr(
-        made, "drawn_for_all", lambda count, draw=0: stops.append(drawn(count, draw)) or stops[-1]
+        dmd2, "steps_in_turn", lambda *args: drawn.append(steps_in_turn(*args)) or drawn[-1]
     )
     trainer(tmp_path, max_steps=8).fit(made, Digits())
-    assert len(stops) == 8 * 4 and set(stops) == {0, 1, 2, 3}
-    batches = [tuple(stops[i : i + 4]) for i in range(0, 32, 4)]
-    assert any(len(set(batch)) > 1 for batch in batches)
+    assert len(drawn) == 8 * 4
+    batches = [drawn[i : i + 4] for i in range(0, 32, 4)]
+    assert any(not torch.equal(batch[0], other) for batch in batches for other in batch[1:])
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
@@ -339,6 +395,12 @@ def test_an_average_elsewhere_is_the_same_average(tmp_path):
         (DMD2, {"levels": [1.0]}, r"of 1 step\(s\)"),
         (AdversarialDistillation, {"steps": 2, "levels": [100.0]}, r"\(0.002 and 80\)"),
         (DMD2, {"inputs": "x"}, "inputs='x'.*backward_simulation or noised_data"),
+        (DMD2, {"fake_score_knows_step": True}, "steps=1: there is only one"),
+        (
+            DMD2,
+            {"fake_score_knows_step": True, "steps": 2, "lora": LoRA(2)},
+            "with lora: .*Use one of the two",
+        ),
         (DMD2, {"features": "x"}, "features='x'.*fake_score or teacher"),
         (DMD2, {"divergence": "x"}, "divergence='x'.*jensen_shannon"),
         (DMD2, {"divergence": "forward_kl", **PLAIN}, "needs a discriminator"),
