@@ -107,6 +107,8 @@ class DMD2(DMD):
     ) -> None:
         check_adversarial_loss(adversarial_loss)
         _check(steps, inputs, features, divergence)
+        if fake_score_knows_step:
+            _check_that_steps_can_be_told(steps, dmd.get("lora"))
         super().__init__(
             teacher, regression_weight=regression_weight, update_ratio=update_ratio, **dmd
         )
@@ -117,8 +119,10 @@ class DMD2(DMD):
                 "is that of one step."
             )
         if fake_score_knows_step:
-            _check_that_steps_can_be_told(steps, dmd.get("lora"))
-            add_inputs(network_of(self.fake_score), ("step",))
+            try:
+                add_inputs(network_of(self.fake_score), ("step",))
+            except ValueError as error:
+                raise ValueError(f"fake_score_knows_step=True: {error}") from error
         self.fake_score_knows_step = fake_score_knows_step
         judged = adversarial_weight > 0 or discriminator_weight > 0
         if judged and discriminator_weight == 0:

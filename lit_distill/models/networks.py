@@ -186,6 +186,8 @@ class UNet(nn.Module):
         unet.load_state_dict(
             {k: v for k, v in old.state_dict().items() if not k.startswith("class_embedding.")}
         )
+        if old.is_gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
         weight = next(old.parameters())
         for module in (unet, conditions):
             module.train(old.training).to(weight.device)

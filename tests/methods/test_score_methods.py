@@ -19,7 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_distill.callbacks import ExportPipeline
 from lit_distill.datamodules import DigitsDataModule
-from lit_distill.diffusion import EvaluationCounter, FlowDenoiser, GaussianMixtureDenoiser, sample
+from lit_distill.diffusion import (
+    EpsilonDenoiser,
+    EvaluationCounter,
+    FlowDenoiser,
+    GaussianMixtureDenoiser,
+    sample,
+)
 from lit_distill.losses import score_identity_loss
 from lit_distill.methods import (
     DMD,
@@ -36,7 +42,7 @@ from lit_distill.methods import (
 )
 from lit_distill.methods.dmd import Generated
 from lit_distill.methods.dmd2 import samples_of_steps, steps_in_turn
-from lit_distill.models import LoRA, load_denoiser
+from lit_distill.models import LoRA, MNISTUNet, UNet, load_denoiser
 
 PLAIN = {"adversarial_weight": 0.0, "discriminator_weight": 0.0}
 
@@ -474,6 +480,12 @@ def test_networks_that_cannot_be_computed_again():
     made.network = Eye()
     with pytest.raises(ValueError, match="Eye cannot compute its states again"):
         DMD(made, "l2", gradient_checkpointing=True)
+
+
+def test_a_fake_score_without_a_place_for_the_step():
+    teacher = EpsilonDenoiser(UNet.wrap(MNISTUNet(8, 1, 8, 4)))
+    with pytest.raises(ValueError, match="fake_score_knows_step=True: An MNISTUNet has no place"):
+        DMD2(teacher, steps=2, fake_score_knows_step=True)
 
 
 def test_evaluations_of_a_mean_flows_teacher_count(tmp_path):

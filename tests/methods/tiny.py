@@ -270,6 +270,12 @@ METHODS = {
         strategy=ALTERNATING,
         follows=("discriminator",),
     ),
+    "dmd2_told_steps": _row(
+        DMD2,
+        {**JUDGED, "steps": 2, "fake_score_knows_step": True, "update_ratio": 2},
+        strategy=ALTERNATING,
+        follows=("discriminator",),
+    ),
     "dmd_lora": Row(
         partial(module, DMD, lora=LoRA(rank=2)),
         partial(_dmd_yaml, lora={"rank": 2}),
@@ -284,7 +290,7 @@ METHODS = {
 
 VARIANTS = (
     *("dmd_ratio_3", "kd_online", "sfd_v", "cd_ema", "mean_flow_differences"),
-    *("dmd2_2_steps", "adversarial_2_steps"),
+    *("dmd2_2_steps", "dmd2_told_steps", "adversarial_2_steps"),
 )
 """Second settings of a method that has a row of its own: left to `make test-ci`."""
 

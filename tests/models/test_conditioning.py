@@ -113,6 +113,14 @@ def test_what_is_added_is_of_the_networks_mode_and_precision(training, dtype):
     assert out.dtype == X.dtype and out.isfinite().all()
 
 
+def test_states_are_still_computed_again_where_they_were():
+    denoiser = EDMDenoiser(tiny_network(3))
+    assert not denoiser.network.unet.is_gradient_checkpointing
+    denoiser.network.unet.enable_gradient_checkpointing()
+    add_inputs(denoiser, BOTH)
+    assert denoiser.network.unet.is_gradient_checkpointing
+
+
 def test_all_that_is_added_is_trained():
     denoiser = EDMDenoiser(tiny_network(3))
     add_inputs(denoiser, BOTH)
