@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_distill.diffusion import Condition, Denoiser, sample, seeded_noise
+from lit_distill.diffusion import Condition, Denoiser, sample, seeded_noise, told
 from lit_distill.losses import denoising_loss
 
 # Where a sign becomes a finding. They were set on runs on points and digits, see
@@ -203,7 +203,8 @@ class RunDoctor(Callback):
             }
         fake = getattr(module, "fake_score", None)
         if fake is not None:
-            loss = self._fake_loss(fake, x, condition)
+            last = torch.full((len(x),), _steps_of(student) - 1, device=x.device)
+            loss = self._fake_loss(fake, x, told(fake, condition, step=last))
             self._best_fake = min(self._best_fake, loss)
             signs["fake_lag"] = loss / max(self._best_fake, 1e-12)
             weights = _weights(fake)
@@ -223,11 +224,10 @@ class RunDoctor(Callback):
             condition = {"prompt_embeds": prompts[numbers % len(prompts)]}
         elif student.num_classes is not None:
             condition = numbers % student.num_classes
-        few = student.few_steps
         x = sample(
             student,
             noise,
-            steps=1 if few is None else few.trained[0],
+            steps=_steps_of(student),
             condition=condition,
             generator=torch.Generator(data.device).manual_seed(0),
         )
@@ -324,6 +324,10 @@ def _change(before: list[Tensor], after: list[Tensor]) -> float:
     """Norm of the difference over that of the weights."""
     difference = torch.stack([(a - b).norm() for a, b in zip(after, before, strict=True)]).norm()
     return float(difference / torch.stack([b.norm() for b in before]).norm().clamp_min(1e-12))
+
+
+def _steps_of(student: Denoiser) -> int:
+    return 1 if student.few_steps is None else student.few_steps.trained[0]
 
 
 def _spread(x: Tensor) -> float:

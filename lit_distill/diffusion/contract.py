@@ -159,7 +159,7 @@ class Denoiser(nn.Module):
         num_classes: Number of classes of a conditional model, or None.
         null_label: The label that stands for "no label", or None.
         few_steps: How a student is sampled; None for a teacher, whose solver and steps are free.
-        inputs: Further conditions that the network takes: ``to_sigma``, ``steps``, ``guidance``.
+        inputs: Further conditions that the network takes, see :func:`told`.
         floor: Noise level that is left in its estimate of ``x0``.
         original: Fingerprint of the model that this one was before its weights were rounded or
             prepared for adapters; None where they were not.
@@ -371,13 +371,14 @@ class GuidedDenoiser(Denoiser):
         """
         if self.scale == 1:
             return self.denoiser(x, sigma, condition)
-        if condition is None:
+        null = self.denoiser.null(condition)
+        if null is condition:
             raise ValueError(
                 f"guidance={self.scale} needs a condition (labels or prompts); "
                 "use guidance 1 for an unconditional model."
             )
         conditional = self.denoiser(x, sigma, condition)
-        unconditional = self.denoiser(x, sigma, self.denoiser.null(condition))
+        unconditional = self.denoiser(x, sigma, null)
         return torch.lerp(unconditional, conditional, self.scale)
 
     def start(self, noise: Tensor) -> Tensor:

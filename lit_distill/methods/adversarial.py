@@ -183,7 +183,8 @@ class AdversarialDistillation(AlternatingDistillationModule):
             return Generated(x, condition, data)
         step = steps_in_turn(len(data), self.steps)
         x = samples_of_steps(self.student, noise, step, self.steps, condition)
-        return Generated(x, condition, data, noised_next(self.student, step, self.steps).to(x))
+        lowest = noised_next(self.student, step, self.steps, x.device)
+        return Generated(x, condition, data, lowest)
 
     def features(
         self, x: Tensor, noisy: Tensor, sigma: Tensor, condition: Condition

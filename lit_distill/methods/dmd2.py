@@ -7,7 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_distill.diffusion import Condition, Denoiser, FewSteps, like, of_rows, told
+from lit_distill.diffusion import (
+    Condition,
+    Denoiser,
+    FewSteps,
+    NetworkDenoiser,
+    like,
+    of_rows,
+    told,
+)
 from lit_distill.losses import (
     AdversarialLoss,
     check_adversarial_loss,
@@ -67,7 +75,8 @@ class DMD2(DMD):
             ``noised_data``.
         fake_score_knows_step: Tell the fake score of which step a sample is, and judge the samples
             of all steps at all levels. It takes a network with a place for a further input
-            (:class:`~lit_distill.models.UNet`), and no ``lora``.
+            (:class:`~lit_distill.models.UNet`), a discriminator on its features if any, and no
+            ``lora``.
         adversarial_weight: Weight of the student's adversarial loss; 0 with
             ``discriminator_weight`` 0 = no discriminator.
         discriminator_weight: Weight of the discriminator's loss beside the fake score's.
@@ -108,7 +117,7 @@ class DMD2(DMD):
         check_adversarial_loss(adversarial_loss)
         _check(steps, inputs, features, divergence)
         if fake_score_knows_step:
-            _check_that_steps_can_be_told(steps, dmd.get("lora"))
+            _check_that_steps_can_be_told(steps, features, dmd.get("lora"))
         super().__init__(
             teacher, regression_weight=regression_weight, update_ratio=update_ratio, **dmd
         )
@@ -119,10 +128,7 @@ class DMD2(DMD):
                 "is that of one step."
             )
         if fake_score_knows_step:
-            try:
-                add_inputs(network_of(self.fake_score), ("step",))
-            except ValueError as error:
-                raise ValueError(f"fake_score_knows_step=True: {error}") from error
+            _let_know_step(network_of(self.fake_score))
         self.fake_score_knows_step = fake_score_knows_step
         judged = adversarial_weight > 0 or discriminator_weight > 0
         if judged and discriminator_weight == 0:
@@ -186,11 +192,12 @@ class DMD2(DMD):
         x = samples_of_steps(self.student, noise, step, self.steps, condition, given)
         if self.fake_score_knows_step:
             return Generated(x, self.with_step(condition, step), data)
-        return Generated(x, condition, data, noised_next(self.student, step, self.steps).to(x))
+        lowest = noised_next(self.student, step, self.steps, x.device)
+        return Generated(x, condition, data, lowest)
 
     def with_step(self, condition: Condition, step: Tensor) -> Condition:
         """A condition for the fake score, if it knows the steps ``(B,)`` that samples are of."""
-        return told(self.fake_score, condition, step=step.to(self.device))
+        return told(self.fake_score, condition, step=step.to(self.device, non_blocking=True))
 
     @torch.no_grad()
     def preview(self, noise: Tensor, condition: Condition = None) -> dict[str, Tensor]:
@@ -324,9 +331,9 @@ def steps_in_turn(count: int, steps: int) -> Tensor:
     return (torch.arange(count) + torch.randint(steps, ())) % steps
 
 
-def noised_next(student: Denoiser, step: Tensor, steps: int) -> Tensor:
+def noised_next(student: Denoiser, step: Tensor, steps: int, device: torch.device) -> Tensor:
     """The levels ``(B,)`` that samples of steps ``(B,)`` of ``steps`` are noised to; 0: none."""
-    return student.grid(steps)[step + 1]
+    return student.grid(steps)[step + 1].float().to(device, non_blocking=True)
 
 
 def samples_of_steps(
@@ -351,20 +358,21 @@ def samples_of_steps(
     Returns:
         ``(B, *shape)``.
     """
-    levels = student.grid(steps).to(noise.dtype)
+    grid = student.grid(steps)
     x = student.start(noise).clone()
-    for i in range(steps - 1):
-        later = (step > i).nonzero().flatten().to(x.device)
+    for i, (level, after) in enumerate(pairwise(grid.tolist()[:-1])):
+        later = (step > i).nonzero().flatten().to(x.device, non_blocking=True)
         if not len(later):
             break
         if data is None:
             with torch.no_grad():
-                level = torch.full((len(later),), float(levels[i]), device=x.device)
-                x0 = student(x[later], level, of_rows(condition, later))
-            x[later] = x0 + float(levels[i + 1]) * torch.randn_like(x0)
+                sigma = torch.full((len(later),), level, device=x.device)
+                x0 = student(x[later], sigma, of_rows(condition, later))
+            x[later] = x0 + after * torch.randn_like(x0)
         else:
-            x[later] = data[later] + float(levels[i + 1]) * noise[later]
-    return student(x, levels[step].to(x.device), condition)
+            x[later] = data[later] + after * noise[later]
+    sigma = grid[step].float().to(x.device, non_blocking=True)
+    return student(x, sigma, condition)
 
 
 def _check(steps: int, inputs: Inputs, features: str, divergence: Divergence) -> None:
@@ -382,11 +390,29 @@ def _check(steps: int, inputs: Inputs, features: str, divergence: Divergence) ->
         )
 
 
-def _check_that_steps_can_be_told(steps: int, lora: object) -> None:
+def _let_know_step(fake_score: NetworkDenoiser) -> None:
+    network = fake_score.network
+    if not hasattr(network, "add_inputs"):  # it would be wrapped, and hide its layers from a head
+        raise ValueError(
+            f"fake_score_knows_step=True: {type(network).__name__} has no place for a further "
+            "input. Set it to false, or use lit_distill.models.UNet."
+        )
+    try:
+        add_inputs(fake_score, ("step",))
+    except ValueError as error:
+        raise ValueError(f"fake_score_knows_step=True: {error}") from error
+
+
+def _check_that_steps_can_be_told(steps: int, features: str, lora: object) -> None:
     if steps == 1:
         raise ValueError("fake_score_knows_step=True with steps=1: there is only one to know of.")
     if lora is not None:
         raise ValueError(
             "fake_score_knows_step=True with lora: the network is the student's too, and cannot be "
             "given a further input for one of them. Use one of the two."
+        )
+    if features != "fake_score":
+        raise ValueError(
+            f"fake_score_knows_step=True with features={features!r}: a discriminator on that "
+            "network's features would not know the step. Use features fake_score."
         )

@@ -20,7 +20,7 @@ def add_inputs(denoiser: NetworkDenoiser, inputs: tuple[str, ...]) -> None:
 
     Args:
         denoiser: The model.
-        inputs: Names, of ``to_sigma``, ``steps`` and ``guidance``.
+        inputs: Names, see :func:`lit_distill.diffusion.told`.
 
     Raises:
         ValueError: If the network has no place for them.

@@ -365,8 +365,9 @@ def test_guidance_takes_over_how_its_model_is_sampled():
 
 def test_guidance_needs_something_to_guide_by():
     denoiser = EDMDenoiser(Waves())
-    with pytest.raises(ValueError, match="guidance=2"):
-        GuidedDenoiser(denoiser, 2)(torch.randn(1, 2), torch.ones(1))
+    for condition in (None, {"step": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="guidance=2"):
+            GuidedDenoiser(denoiser, 2)(torch.randn(1, 2), torch.ones(1), condition)
     denoiser.null_label = None
     with pytest.raises(ValueError, match="no null class"):
         GuidedDenoiser(denoiser, 2)(torch.randn(1, 2), torch.ones(1), torch.zeros(1).long())

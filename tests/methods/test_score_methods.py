@@ -1,6 +1,7 @@
 """What is special to DMD2, SiD, adversarial distillation and adapters."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tiny import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_distill.callbacks import ExportPipeline
+from lit_distill.callbacks import ExportPipeline, RunDoctor
 from lit_distill.datamodules import DigitsDataModule
 from lit_distill.diffusion import (
     EpsilonDenoiser,
@@ -182,6 +183,28 @@ def test_what_is_noised_again_is_judged_from_that_level_on(kind, tmp_path, monke
     assert float(sigma[low == 0].min()) < float(low[low > 0].min())  # the last step's at all levels
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(DMD2, {}), (SiD, {}), (AdversarialDistillation, {}), (DMD2, {"fake_score_knows_step": True})],
+)
+def test_each_sample_is_judged_as_of_its_own_step(kind, options, monkeypatch):
+    made, drawn = module(kind, steps=3, **options), []
+
+    def watched(student, noise, step, *rest):
+        drawn.append(step)
+        return samples_of_steps(student, noise, step, *rest)
+
+    monkeypatch.setattr(sys.modules[kind.generated.__module__], "samples_of_steps", watched)
+    batch = {"image": torch.randn(7, 1, 8, 8), "label": torch.arange(7)}
+    for _ in range(5):
+        samples = made.generated(batch)
+        if options:
+            assert torch.equal(samples.condition["step"], drawn[-1])
+            assert torch.equal(samples.condition["label"], batch["label"])
+        else:
+            assert torch.equal(samples.sigma_min, made.student.grid(3)[drawn[-1] + 1].float())
+
+
 @pytest.mark.parametrize("kind", [DMD2, SiD])
 def test_a_fake_score_that_knows_the_step_judges_all_steps_at_all_levels(
     kind, tmp_path, monkeypatch
@@ -189,8 +212,11 @@ def test_a_fake_score_that_knows_the_step_judges_all_steps_at_all_levels(
     made, seen = module(kind, steps=3, fake_score_knows_step=True, **JUDGED), []
     drawn = made.draw_sigma
     monkeypatch.setattr(made, "draw_sigma", lambda x: seen.append((x, drawn(x))) or seen[-1][1])
-    start = weights(made.fake_score)
-    trainer(tmp_path, ExportPipeline(), max_steps=12).fit(made, Digits())
+    start, asked = weights(made.fake_score), []
+    made.fake_score.register_forward_hook(lambda _, args, x: asked.append(args[2]))
+    doctor = RunDoctor(every_n_steps=4, num_samples=4)
+    trainer(tmp_path, ExportPipeline(), doctor, max_steps=12).fit(made, Digits())
+    assert len({len(condition["step"]) for condition in asked}) > 1  # the doctor tells it, too
     step = torch.cat([x.condition["step"] for x, _ in seen])
     sigma = torch.cat([sigma for _, sigma in seen])
     assert set(step.tolist()) == {0, 1, 2}
@@ -202,10 +228,9 @@ def test_a_fake_score_that_knows_the_step_judges_all_steps_at_all_levels(
     told = [made.with_step(label, torch.full((4,), i)) for i in range(2)]
     assert not torch.equal(*(made.fake_score(x, level, condition) for condition in told))
     assert torch.equal(*(made.teacher(x, level, condition) for condition in told))
-    seen = []
-    made.fake_score.register_forward_hook(lambda _, args, x: seen.append(args[2]["step"]))
+    asked.clear()
     made.preview(x, label)
-    assert [step.tolist() for step in seen] == [[2] * 4]
+    assert [condition["step"].tolist() for condition in asked] == [[2] * 4]
     assert "step" not in load_denoiser(tmp_path / "pipeline").inputs
 
 
@@ -407,6 +432,11 @@ def test_an_average_elsewhere_is_the_same_average(tmp_path):
             {"fake_score_knows_step": True, "steps": 2, "lora": LoRA(2)},
             "with lora: .*Use one of the two",
         ),
+        (
+            DMD2,
+            {"fake_score_knows_step": True, "steps": 2, "features": "teacher"},
+            "would not know the step",
+        ),
         (DMD2, {"features": "x"}, "features='x'.*fake_score or teacher"),
         (DMD2, {"divergence": "x"}, "divergence='x'.*jensen_shannon"),
         (DMD2, {"divergence": "forward_kl", **PLAIN}, "needs a discriminator"),
@@ -486,6 +516,10 @@ def test_a_fake_score_without_a_place_for_the_step():
     teacher = EpsilonDenoiser(UNet.wrap(MNISTUNet(8, 1, 8, 4)))
     with pytest.raises(ValueError, match="fake_score_knows_step=True: An MNISTUNet has no place"):
         DMD2(teacher, steps=2, fake_score_knows_step=True)
+    other = denoiser()
+    other.network = Eye()
+    with pytest.raises(ValueError, match="fake_score_knows_step=True: Eye has no place"):
+        DMD2(other, steps=2, fake_score_knows_step=True)
 
 
 def test_evaluations_of_a_mean_flows_teacher_count(tmp_path):
